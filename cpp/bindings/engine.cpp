@@ -1,0 +1,85 @@
+#include "engine/engine.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "arrays.h"
+#include "config.h"
+#include "module.h"
+
+namespace armt::bindings {
+namespace {
+
+Schedule schedule_from(const std::string& name) {
+  if (name == "auto") return Schedule::automatic;
+  if (name == "sequential") return Schedule::sequential;
+  if (name == "diagonal") return Schedule::diagonal;
+  throw InvalidArgument("schedule: found '" + name + "', expected auto, sequential or diagonal");
+}
+
+std::shared_ptr<Engine> make_engine(const py::dict& decoder, const py::dict& memory, const std::string& device,
+                                    const std::string& dtype, int64_t threads, const std::string& schedule,
+                                    const std::string& isa) {
+  EngineOptions options;
+  options.backend = {.device = device, .weight_dtype = dtype_from(dtype), .threads = threads, .isa = isa};
+  options.schedule = schedule_from(schedule);
+  return std::make_shared<Engine>(config_from(decoder, memory), options);
+}
+
+void load_matrix(Engine& engine, const std::string& slot, int64_t layer, const py::array& array,
+                 const std::string& dtype) {
+  if (array.ndim() != 2) throw CheckpointError(slot + ": found " + std::to_string(array.ndim()) + " dimensions, expected 2");
+  HostMatrix matrix;
+  matrix.dtype = dtype_from(dtype);
+  const int64_t bytes = size_of(matrix.dtype);
+  if (array.itemsize() != bytes || array.strides(0) % bytes != 0 || array.strides(1) % bytes != 0) {
+    throw CheckpointError(slot + ": the array's elements are not of type " + dtype);
+  }
+  matrix.data = array.data();
+  matrix.rows = array.shape(0);
+  matrix.cols = array.shape(1);
+  matrix.row_stride = array.strides(0) / bytes;
+  matrix.col_stride = array.strides(1) / bytes;
+  const Matrix which = matrix_from(slot);
+  py::gil_scoped_release release;
+  engine.load(which, layer, matrix);
+}
+
+void load_vector(Engine& engine, const std::string& slot, int64_t layer,
+                 const py::array_t<float, py::array::c_style | py::array::forcecast>& values) {
+  engine.load(vector_from(slot), layer, {values.data(), static_cast<size_t>(values.size())});
+}
+
+py::dict stats(const Engine& engine) {
+  const EngineStats s = engine.stats();
+  py::dict result;
+  result["tokens"] = s.tokens;
+  result["segments"] = s.segments;
+  result["calls"] = s.calls;
+  result["seconds"] = s.seconds;
+  result["weight_bytes"] = engine.backend().weight_bytes();
+  return result;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "One model's weights on one device.")
+      .def(py::init(&make_engine), py::kw_only(), py::arg("decoder"), py::arg("memory"), py::arg("device") = "cpu",
+           py::arg("dtype") = "float32", py::arg("threads") = 0, py::arg("schedule") = "auto", py::arg("isa") = "")
+      .def("load_matrix", &load_matrix, py::arg("slot"), py::arg("layer"), py::arg("array"), py::arg("dtype"))
+      .def("load_vector", &load_vector, py::arg("slot"), py::arg("layer"), py::arg("values"))
+      .def("finish_loading", &Engine::finish_loading)
+      .def("stats", &stats)
+      .def_property_readonly("device", [](const Engine& e) { return e.backend().device(); })
+      .def_property_readonly("description", [](const Engine& e) { return e.backend().description(); })
+      .def_property_readonly("dtype", [](const Engine& e) { return dtype_name(e.backend().weight_dtype()); })
+      .def_property_readonly("threads", [](const Engine& e) { return e.options().backend.threads; })
+      .def_property_readonly("vocab_size", [](const Engine& e) { return e.config().decoder.vocab_size; })
+      .def_property_readonly("segment_size", [](const Engine& e) { return e.config().memory.segment_size; })
+      .def_property_readonly("association_bytes", [](const Engine& e) {
+        return e.config().has_association() ? association_bytes(e.config()) * e.config().decoder.n_layers : 0;
+      });
+}
+
+}  // namespace armt::bindings

@@ -1,0 +1,22 @@
+#include "module.h"
+
+#include "armt/error.h"
+#include "backend.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "The compiled engine of armt.";
+  py::register_exception<armt::InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
+  py::register_exception<armt::CheckpointError>(m, "CheckpointError", PyExc_ValueError);
+  py::register_exception<armt::StateError>(m, "StateError", PyExc_ValueError);
+  py::register_exception<armt::DeviceError>(m, "DeviceError", PyExc_RuntimeError);
+  py::register_exception<armt::OutOfMemory>(m, "OutOfMemory", PyExc_MemoryError);
+  m.def("cuda_device_count", &armt::cuda_device_count,
+        "CUDA devices that this build can use (0 without a driver, a GPU or the CUDA part).");
+  armt::bindings::bind_safetensors(m);
+  armt::bindings::bind_state(m);
+  armt::bindings::bind_engine(m);
+  armt::bindings::bind_session(m);
+  armt::bindings::bind_testing(m);
+}

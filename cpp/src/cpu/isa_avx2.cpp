@@ -1,0 +1,2 @@
+#define ARMT_ISA_NAME avx2
+#include "cpu/kernels/table.h"

@@ -1,0 +1,2 @@
+#define ARMT_ISA_NAME avx512
+#include "cpu/kernels/table.h"

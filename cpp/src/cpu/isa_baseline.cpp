@@ -1,0 +1,2 @@
+#define ARMT_ISA_NAME baseline
+#include "cpu/kernels/table.h"

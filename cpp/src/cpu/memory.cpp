@@ -1,0 +1,123 @@
+// Blocks of state and the buffers of a running call.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/cpu_backend.h"
+
+namespace armt::cpu {
+namespace {
+
+// All ones: a NaN in every element.
+void poison(void* data, int64_t bytes) { std::memset(data, 0xff, static_cast<size_t>(bytes)); }
+
+Buffer make_rows(Rows& rows, int64_t width, int64_t count, bool poisoned) {
+  Buffer buffer(std::max<int64_t>(1, width * count) * static_cast<int64_t>(sizeof(float)));
+  if (poisoned) poison(buffer.data(), buffer.bytes());
+  rows = {.data = buffer.data(), .width = width, .origin = 0};
+  return buffer;
+}
+
+struct ScratchRows {
+  Scratch rows;
+  Buffer hidden, qkv, context, ff;
+};
+
+struct CpuWorkspace : Workspace {
+  Buffer residual_rows, last_rows, normed_rows;
+  std::mutex mutex;
+  std::vector<std::unique_ptr<ScratchRows>> idle;
+};
+
+std::unique_ptr<ScratchRows> make_scratch(const ModelConfig& config, int64_t rows, bool poisoned) {
+  auto scratch = std::make_unique<ScratchRows>();
+  scratch->hidden = make_rows(scratch->rows.hidden, config.decoder.d_model, rows, poisoned);
+  scratch->qkv = make_rows(scratch->rows.qkv, config.qkv_width(), rows, poisoned);
+  scratch->context = make_rows(scratch->rows.context, config.query_width(), rows, poisoned);
+  scratch->ff = make_rows(scratch->rows.ff, config.decoder.d_ff, rows, poisoned);
+  return scratch;
+}
+
+// Scratch taken from the workspace's idle ones, given back at the end of the scope.
+class ScratchLease {
+ public:
+  ScratchLease(CpuWorkspace& workspace, const ModelConfig& config, bool poisoned) : workspace_(workspace) {
+    {
+      const std::lock_guard lock(workspace.mutex);
+      if (!workspace.idle.empty()) {
+        scratch_ = std::move(workspace.idle.back());
+        workspace.idle.pop_back();
+      }
+    }
+    if (!scratch_) scratch_ = make_scratch(config, workspace.slot_rows, poisoned);
+  }
+  ~ScratchLease() {
+    const std::lock_guard lock(workspace_.mutex);
+    workspace_.idle.push_back(std::move(scratch_));
+  }
+  ScratchLease(const ScratchLease&) = delete;
+  ScratchLease& operator=(const ScratchLease&) = delete;
+
+  Scratch from(int64_t origin) const {
+    Scratch rows = scratch_->rows;
+    for (Rows* each : {&rows.hidden, &rows.qkv, &rows.context, &rows.ff}) each->origin = origin;
+    return rows;
+  }
+
+ private:
+  CpuWorkspace& workspace_;
+  std::unique_ptr<ScratchRows> scratch_;
+};
+
+}  // namespace
+
+BlockRef CpuBackend::allocate(int64_t bytes) {
+  auto block = std::make_shared<Block>();
+  block->data = aligned_allocate(std::max<int64_t>(1, bytes));
+  block->bytes = bytes;
+  block->release = [](Block& released) { aligned_release(released.data); };
+  if (poison_) poison(block->data, bytes);
+  return block;
+}
+
+void CpuBackend::copy(Block& to, const Block& from, int64_t bytes) {
+  std::memcpy(to.data, from.data, static_cast<size_t>(bytes));
+}
+
+void CpuBackend::upload(Block& to, int64_t offset, const void* from, int64_t bytes) {
+  std::memcpy(static_cast<char*>(to.data) + offset, from, static_cast<size_t>(bytes));
+}
+
+void CpuBackend::download(const Block& from, int64_t offset, void* to, int64_t bytes) {
+  std::memcpy(to, static_cast<const char*>(from.data) + offset, static_cast<size_t>(bytes));
+}
+
+std::unique_ptr<Workspace> CpuBackend::make_workspace(int64_t slots, int64_t slot_rows) {
+  auto workspace = std::make_unique<CpuWorkspace>();
+  const int64_t width = config_.decoder.d_model;
+  workspace->slots = slots;
+  workspace->slot_rows = slot_rows;
+  workspace->residual_rows = make_rows(workspace->residual, width, slots * slot_rows, poison_);
+  workspace->last_rows = make_rows(workspace->last, width, slot_rows, poison_);
+  workspace->normed_rows = make_rows(workspace->normed, width, slot_rows, poison_);
+  return workspace;
+}
+
+void CpuBackend::run(Workspace& workspace, Groups groups,
+                     const std::function<void(Groups, const Scratch&)>& body) {
+  auto& own = static_cast<CpuWorkspace&>(workspace);
+  const auto run_group = [&](int64_t index) {
+    const Group& group = groups[index];
+    const ScratchLease lease(own, config_, poison_);
+    body(Groups(&group, 1), lease.from(group.row_begin));
+  };
+  const int64_t count = std::ssize(groups);
+  // A group for each thread, operations inline, needs no meeting of threads inside the group. With too few groups for
+  // that the threads share each operation instead.
+  if (count * 4 >= pool_.threads() * 3) {
+    pool_.parallel_for(count, run_group);
+  } else {
+    for (int64_t i = 0; i < count; ++i) run_group(i);
+  }
+}
+
+}  // namespace armt::cpu

@@ -1,0 +1,81 @@
+#include "engine/stream.h"
+
+#include <algorithm>
+
+namespace armt {
+namespace {
+
+std::shared_ptr<KvPage> new_page(Backend& backend) {
+  auto page = std::make_shared<KvPage>();
+  page->block = backend.allocate(backend.kv_page_bytes());
+  return page;
+}
+
+// Claims rows [offset, offset + count) of a page for this cache. False: another cache has appended there.
+bool claim(std::shared_ptr<KvPage>& page, int64_t offset, int64_t count) {
+  if (page.use_count() == 1) {
+    page->used.store(offset + count, std::memory_order_relaxed);
+    return true;
+  }
+  int64_t expected = offset;
+  return page->used.compare_exchange_strong(expected, offset + count, std::memory_order_acq_rel);
+}
+
+}  // namespace
+
+StreamState make_stream(const ModelConfig& config) {
+  StreamState state;
+  state.layers.resize(config.decoder.n_layers);
+  return state;
+}
+
+void reserve_rows(Backend& backend, KvCache& cache, int64_t count) {
+  const int64_t page_rows = backend.kv_page_rows();
+  int64_t row = cache.rows;
+  const int64_t end = cache.rows + count;
+  while (row < end) {
+    const auto index = static_cast<size_t>(row / page_rows);
+    const int64_t offset = row % page_rows;
+    const int64_t taken = std::min(page_rows - offset, end - row);
+    if (index == cache.pages.size()) cache.pages.push_back(new_page(backend));
+    std::shared_ptr<KvPage>& page = cache.pages[index];
+    if (!claim(page, offset, taken)) {
+      auto copy = new_page(backend);
+      if (offset > 0) backend.copy(*copy->block, *page->block, backend.kv_page_bytes());
+      copy->used.store(offset + taken, std::memory_order_relaxed);
+      page = std::move(copy);
+    }
+    row += taken;
+  }
+}
+
+void clear_rows(KvCache& cache) {
+  std::erase_if(cache.pages, [](const std::shared_ptr<KvPage>& page) { return page.use_count() > 1; });
+  cache.rows = 0;
+}
+
+int64_t association_bytes(const ModelConfig& config) {
+  const int64_t heads = config.memory.n_heads, features = config.features();
+  const int64_t matrix = heads * features * config.value_dim();
+  const int64_t normaliser = config.memory.use_denom ? heads * features : 0;
+  return (matrix + normaliser + kWriteStats) * static_cast<int64_t>(sizeof(float));
+}
+
+BlockRef writable_memory(Backend& backend, const ModelConfig& config, const Association& memory) {
+  if (memory.block && memory.block.use_count() == 1) return memory.block;
+  return backend.allocate(association_bytes(config));
+}
+
+int64_t state_bytes(const Backend& backend, const StreamState& state) {
+  int64_t bytes = 0;
+  for (const LayerState& layer : state.layers) {
+    if (layer.memory.block) bytes += layer.memory.block->bytes;
+    const auto pages = layer.current.pages.size() + layer.previous.pages.size();
+    bytes += static_cast<int64_t>(pages) * backend.kv_page_bytes();
+  }
+  if (state.carried) bytes += state.carried->bytes;
+  if (state.last_hidden) bytes += state.last_hidden->bytes;
+  return bytes;
+}
+
+}  // namespace armt

@@ -1,0 +1,86 @@
+#include "arena.h"
+
+#include <algorithm>
+#include <string>
+
+#include "armt/error.h"
+#include "check.h"
+
+namespace armt::cuda {
+namespace {
+
+int64_t rounded(int64_t bytes) { return (std::max<int64_t>(bytes, 1) + 255) / 256 * 256; }
+
+std::string mebibytes(int64_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; }
+
+}  // namespace
+
+Arena::~Arena() {
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(device_);
+  for (const auto& [data, bytes] : sizes_) cudaFree(data);
+  cudaSetDevice(before);
+  cudaGetLastError();
+}
+
+void* Arena::take(int64_t bytes) {
+  const int64_t size = rounded(bytes);
+  const std::lock_guard lock(mutex_);
+  if (auto found = free_.find(size); found != free_.end() && !found->second.empty()) {
+    void* data = found->second.back();
+    found->second.pop_back();
+    in_use_ += size;
+    return data;
+  }
+  const DeviceScope scope(device_);
+  void* data = nullptr;
+  cudaError_t code = cudaMalloc(&data, static_cast<size_t>(size));
+  if (code == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    trim();
+    code = cudaMalloc(&data, static_cast<size_t>(size));
+  }
+  if (code == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    size_t left = 0, total = 0;
+    check(cudaMemGetInfo(&left, &total), "cudaMemGetInfo");
+    throw OutOfMemory("cuda:" + std::to_string(device_) + ": no room for " + mebibytes(size) + "; this engine holds " +
+                      mebibytes(in_use_) + ", " + mebibytes(static_cast<int64_t>(left)) + " of " +
+                      mebibytes(static_cast<int64_t>(total)) +
+                      " are free; close sessions, shorten the batch, or choose a smaller weight type");
+  }
+  check(code, "cudaMalloc");
+  sizes_[data] = size;
+  held_ += size;
+  in_use_ += size;
+  return data;
+}
+
+void Arena::give(void* data) noexcept {
+  const std::lock_guard lock(mutex_);
+  const int64_t size = sizes_.find(data)->second;
+  in_use_ -= size;
+  try {
+    free_[size].push_back(data);
+  } catch (...) {  // no host memory for the list: the block comes back with the arena
+  }
+}
+
+int64_t Arena::bytes_in_use() const {
+  const std::lock_guard lock(mutex_);
+  return in_use_;
+}
+
+void Arena::trim() {
+  for (auto& [size, blocks] : free_) {
+    for (void* data : blocks) {
+      check(cudaFree(data), "cudaFree");
+      sizes_.erase(data);
+      held_ -= size;
+    }
+  }
+  free_.clear();
+}
+
+}  // namespace armt::cuda

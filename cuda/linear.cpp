@@ -1,0 +1,148 @@
+// The decoder's dense layers.
+#include <algorithm>
+#include <cstring>
+
+#include "check.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace armt::cuda {
+namespace {
+
+Vector bias_of(Matrix which) {
+  switch (which) {
+    case Matrix::qkv: return Vector::qkv_bias;
+    case Matrix::attn_out: return Vector::attn_out_bias;
+    case Matrix::mlp_up: return Vector::mlp_up_bias;
+    case Matrix::mlp_down: return Vector::mlp_down_bias;
+    default: return Vector::count;
+  }
+}
+
+}  // namespace
+
+void CudaBackend::products(std::vector<Span> spans, const Operands& operands, Product base) {
+  std::erase_if(spans, [](const Span& span) { return span.rows == 0; });
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.stack < b.stack; });
+  base.cols = operands.cols;
+  base.depth = operands.depth;
+  const int64_t weight_bytes = operands.weight_stride * size_of(base.type);
+  const int64_t bias_bytes = operands.bias_stride * size_of(base.out_type);
+  for (size_t first = 0, end = 0; first < spans.size(); first = end) {
+    const Span& a = spans[first];
+    Span step;
+    end = first + 1;
+    if (end < spans.size()) {
+      step = {.stack = spans[end].stack - a.stack,
+              .in_row = spans[end].in_row - a.in_row,
+              .out_row = spans[end].out_row - a.out_row,
+              .rows = 0};
+    }
+    const auto continues = [&](const Span& before, const Span& next) {
+      return step.stack > 0 && step.in_row > 0 && step.out_row > 0 && next.rows == a.rows &&
+             next.stack - before.stack == step.stack && next.in_row - before.in_row == step.in_row &&
+             next.out_row - before.out_row == step.out_row;
+    };
+    while (end < spans.size() && continues(spans[end - 1], spans[end])) ++end;
+
+    Product product = base;
+    product.rows = a.rows;
+    product.batch = static_cast<int64_t>(end - first);
+    product.weight = operands.weight + a.stack * weight_bytes;
+    product.in = static_cast<const char*>(base.in) + a.in_row * base.ld_in * size_of(base.type);
+    product.out = static_cast<char*>(base.out) + a.out_row * base.ld_out * size_of(base.out_type);
+    if (operands.bias != nullptr) product.bias = operands.bias + a.stack * bias_bytes;
+    if (product.batch > 1) {
+      product.weight_stride = step.stack * operands.weight_stride;
+      product.bias_stride = step.stack * operands.bias_stride;
+      product.in_stride = step.in_row * base.ld_in;
+      product.out_stride = step.out_row * base.ld_out;
+    }
+    lt_->multiply(product, lane().space());
+  }
+}
+
+void CudaBackend::linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0,
+                         int64_t c1) {
+  const Entry entry(*this);
+  const Part part = part_of(groups);
+  const DecoderConfig& decoder = config_.decoder;
+  const int64_t all = matrix_rows(which);
+  if (c1 < 0) c1 = all;
+  const bool activate = epilogue == Epilogue::activate;
+  const bool gated = activate && decoder.gated_mlp;
+
+  Operands operands;
+  operands.depth = in.width;
+  operands.cols = c1 - c0;
+  operands.weight_stride = all * in.width;
+  operands.weight = matrices_[static_cast<size_t>(which)].data() + c0 * in.width * element();
+  const Vector bias = bias_of(which);
+  if (bias != Vector::count && vectors_[static_cast<size_t>(bias)].data() != nullptr) {
+    operands.bias = vectors_[static_cast<size_t>(bias)].data() + c0 * element();
+    operands.bias_stride = all;
+  }
+  Product base;
+  base.type = base.out_type = dtype_;
+  base.in = in.data;
+  base.ld_in = in.width;
+  base.out = gated ? active_.scratch->gated.data() : static_cast<char*>(out.data) + c0 * element();
+  base.ld_out = gated ? all : out.width;
+  base.add = epilogue == Epilogue::add;
+  // The library's own activations round like its 16-bit result; float32 goes through our kernel.
+  const bool can_fuse = activate && !gated && dtype_ != DType::f32;
+  if (can_fuse && decoder.activation == ActivationKind::gelu_tanh) base.fused = Fused::gelu;
+  if (can_fuse && decoder.activation == ActivationKind::relu) base.fused = Fused::relu;
+
+  std::vector<Span> spans;
+  for (const DevGroup& group : part.groups) {
+    spans.push_back({.stack = group.stack,
+                     .in_row = row_index(group, in),
+                     .out_row = gated ? group.scratch : row_index(group, out),
+                     .rows = group.rows});
+  }
+  products(std::move(spans), operands, base);
+  if (gated) {
+    const View up{base.out, all, true};
+    launch_gate(dtype_, decoder.activation, part.batch, up, view(out), stream());
+  } else if (activate && base.fused == Fused::none) {
+    launch_activate(dtype_, decoder.activation, part.batch, view(out), stream());
+  }
+}
+
+void CudaBackend::logits(const Rows& hidden, int64_t first, int64_t count, float* out) {
+  const Entry entry(*this);
+  const int64_t vocab = config_.decoder.vocab_size, width = hidden.width;
+  constexpr int64_t kChunkBytes = int64_t{64} << 20;
+  const int64_t chunk = std::max<int64_t>(1, std::min(count, kChunkBytes / (vocab * 4)));
+  grow(arena_, logits_memory_, chunk * vocab * 4);
+  if (pinned_logits_count_ < chunk * vocab) {
+    if (pinned_logits_ != nullptr) check(cudaFreeHost(pinned_logits_), "cudaFreeHost");
+    pinned_logits_ = nullptr;
+    pinned_logits_count_ = 0;
+    check(cudaMallocHost(reinterpret_cast<void**>(&pinned_logits_), static_cast<size_t>(chunk * vocab * 4)),
+          "cudaMallocHost");
+    pinned_logits_count_ = chunk * vocab;
+  }
+  const DeviceBuffer& own = matrices_[static_cast<size_t>(Matrix::head)];
+  Product product;
+  product.weight = own.data() != nullptr ? own.data() : matrices_[static_cast<size_t>(Matrix::embedding)].data();
+  product.type = dtype_;
+  product.out_type = DType::f32;
+  product.cols = vocab;
+  product.depth = width;
+  product.ld_in = width;
+  product.ld_out = vocab;
+  product.out = logits_memory_.data();
+  for (int64_t done = 0; done < count; done += chunk) {
+    product.rows = std::min(chunk, count - done);
+    product.in = static_cast<const char*>(hidden.data) + (first + done) * width * element();
+    lt_->multiply(product, main_.space());
+    const auto bytes = static_cast<size_t>(product.rows * vocab * 4);
+    check(cudaMemcpyAsync(pinned_logits_, product.out, bytes, cudaMemcpyDeviceToHost, main_.stream), "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(main_.stream), "logits");
+    std::memcpy(out + done * vocab, pinned_logits_, bytes);
+  }
+}
+
+}  // namespace armt::cuda

@@ -1,0 +1,361 @@
+// Operations on single rows: embedding, norms, copies, activations.
+#include <algorithm>
+
+#include "check.h"
+#include "kernels.h"
+#include "types.cuh"
+#include "workspace.h"
+
+namespace armt::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+__global__ void probe() {}
+
+struct Sources {
+  const void* embedding = nullptr;
+  const void* positions = nullptr;  // null: none
+  const void* memory = nullptr;
+  const void* sink = nullptr;
+  const float* frequencies = nullptr;
+  float2* angles = nullptr;  // of the rows' first
+  int half = 0;              // rotary_dims / 2
+  int width = 0;
+};
+
+// One block a row: its vector, and the rotation that its keys and queries will need.
+template <class T>
+__global__ void embed_kernel(const DevRow* rows, T* out, Sources from) {
+  const DevRow row = rows[blockIdx.x];
+  out += static_cast<int64_t>(blockIdx.x) * from.width;
+  const T* vector = static_cast<const T*>(from.sink);
+  if (row.source >= 0) {
+    vector = static_cast<const T*>(from.embedding) + static_cast<int64_t>(row.source) * from.width;
+  } else if (row.source <= -2) {
+    vector = static_cast<const T*>(from.memory) + static_cast<int64_t>(-2 - row.source) * from.width;
+  }
+  const T* position = static_cast<const T*>(from.positions);
+  if (position != nullptr) position += row.position * from.width;
+  for (int i = threadIdx.x; i < from.width; i += kThreads) {
+    float x = row.vector != nullptr ? row.vector[i] : to_float(vector[i]);
+    if (position != nullptr) x += to_float(position[i]);
+    out[i] = from_float<T>(x);
+  }
+  float2* angles = from.angles + static_cast<int64_t>(blockIdx.x) * from.half;
+  for (int i = threadIdx.x; i < from.half; i += kThreads) {
+    double sine, cosine;
+    sincos(static_cast<double>(row.position) * from.frequencies[i], &sine, &cosine);
+    angles[i] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
+  }
+}
+
+// out = (x - mean) / sqrt(var + eps) * w + b, or without mean and bias for RMS. The row stays in registers.
+template <class T, bool rms>
+__device__ void norm_row(const T* in, T* out, const float* weight, const float* bias, int width, float eps) {
+  constexpr int kCount = Pack<T>::kCount, kPacks = 4;
+  __shared__ float partial[32];
+  float x[kPacks][kCount];
+  const bool whole = width % kCount == 0;
+  const auto each = [&](auto&& body) {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int i = (p * blockDim.x + threadIdx.x) * kCount;
+      if (i < width) body(p, i);
+    }
+  };
+  float sum = 0.0f;
+  each([&](int p, int i) {
+    if (whole) {
+      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(in + i);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) x[p][k] = to_float(pack.v[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) x[p][k] = i + k < width ? to_float(in[i + k]) : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) sum += x[p][k];
+  });
+  float mean = 0.0f;
+  if (!rms) mean = block_sum(sum, partial) / static_cast<float>(width);
+  float squares = 0.0f;
+  each([&](int p, int i) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const float d = i + k < width ? x[p][k] - mean : 0.0f;
+      squares += d * d;
+    }
+  });
+  const float scale = rsqrtf(block_sum(squares, partial) / static_cast<float>(width) + eps);
+  each([&](int p, int i) {
+    Pack<T> pack;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (i + k >= width) break;
+      float y = (x[p][k] - mean) * scale * weight[i + k];
+      if (bias != nullptr) y += bias[i + k];
+      if (whole) {
+        pack.v[k] = from_float<T>(y);
+      } else {
+        out[i + k] = from_float<T>(y);
+      }
+    }
+    if (whole) *reinterpret_cast<Pack<T>*>(out + i) = pack;
+  });
+}
+
+template <class T, bool rms>
+__global__ void norm_kernel(Batch batch, View in, View out, const float* weight, const float* bias, int width,
+                            float eps) {
+  const DevGroup& group = batch.groups[blockIdx.y];
+  if (blockIdx.x >= group.rows) return;
+  const int64_t offset = static_cast<int64_t>(group.stack) * width;
+  norm_row<T, rms>(row_of<T>(in, group, blockIdx.x), row_of<T>(out, group, blockIdx.x), weight + offset,
+                   bias != nullptr ? bias + offset : nullptr, width, eps);
+}
+
+template <class T, bool rms>
+__global__ void final_norm_kernel(const T* in, T* out, const float* weight, const float* bias, int width, float eps) {
+  const int64_t offset = static_cast<int64_t>(blockIdx.x) * width;
+  norm_row<T, rms>(in + offset, out + offset, weight, bias, width, eps);
+}
+
+// Threads so that a row fits into the registers of norm_row.
+int norm_threads(int64_t width, int64_t element) {
+  const int64_t packs = ceil_div(width, 16 / element);
+  int threads = 64;
+  while (threads < 1024 && packs > threads * 2) threads *= 2;
+  return threads;
+}
+
+template <class T>
+__global__ void gather_kernel(const T* from, const DevRow* from_rows, const int64_t* index, T* to, DevRow* to_rows,
+                              int width) {
+  const int64_t row = index[blockIdx.x];
+  from += row * width;
+  to += static_cast<int64_t>(blockIdx.x) * width;
+  for (int i = threadIdx.x; i < width; i += kThreads) to[i] = from[i];
+  if (threadIdx.x == 0) to_rows[blockIdx.x] = from_rows[row];
+}
+
+template <class To, class From>
+__global__ void convert_kernel(const From* from, To* to, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < count) to[i] = from_float<To>(to_float(from[i]));
+}
+
+
+template <ActivationKind kind>
+__device__ float activated(float x) {
+  if constexpr (kind == ActivationKind::relu) return fmaxf(x, 0.0f);
+  if constexpr (kind == ActivationKind::silu) return x / (1.0f + expf(-x));
+  if constexpr (kind == ActivationKind::gelu_erf) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+  return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
+
+// A pack of outputs a thread.
+template <class T, ActivationKind kind, bool gated>
+__global__ void activate_kernel(Batch batch, View up, View out, int64_t width) {
+  constexpr int kCount = Pack<T>::kCount;
+  const DevGroup& group = batch.groups[blockIdx.y];
+  const int64_t packs = ceil_div(width, kCount);
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t r = index / packs, i = index % packs * kCount;
+  if (r >= group.rows) return;
+  const T* in = row_of<T>(up, group, r) + i;
+  T* to = row_of<T>(out, group, r) + i;
+  if (width % kCount == 0) {
+    const Pack<T> gate = *reinterpret_cast<const Pack<T>*>(in);
+    Pack<T> value;
+    if constexpr (gated) value = *reinterpret_cast<const Pack<T>*>(in + width);
+    Pack<T> result;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      float y = activated<kind>(to_float(gate.v[k]));
+      if constexpr (gated) y *= to_float(value.v[k]);
+      result.v[k] = from_float<T>(y);
+    }
+    *reinterpret_cast<Pack<T>*>(to) = result;
+    return;
+  }
+  for (int k = 0; k < kCount && i + k < width; ++k) {
+    float y = activated<kind>(to_float(in[k]));
+    if constexpr (gated) y *= to_float(in[width + k]);
+    to[k] = from_float<T>(y);
+  }
+}
+
+template <bool gated>
+void activate_rows(DType dtype, ActivationKind kind, const Batch& batch, const View& up, const View& out,
+                   cudaStream_t stream) {
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t packs = ceil_div(out.width, Pack<T>::kCount);
+    const dim3 grid(static_cast<unsigned>(ceil_div(batch.max_group_rows * packs, kThreads)), batch.group_count);
+    const auto launch = [&](auto kernel) { kernel<<<grid, kThreads, 0, stream>>>(batch, up, out, out.width); };
+    switch (kind) {
+      case ActivationKind::gelu_tanh: launch(activate_kernel<T, ActivationKind::gelu_tanh, gated>); break;
+      case ActivationKind::gelu_erf: launch(activate_kernel<T, ActivationKind::gelu_erf, gated>); break;
+      case ActivationKind::silu: launch(activate_kernel<T, ActivationKind::silu, gated>); break;
+      case ActivationKind::relu: launch(activate_kernel<T, ActivationKind::relu, gated>); break;
+    }
+  });
+  check_launch("activation");
+}
+
+Vector norm_bias(Vector norm) {
+  switch (norm) {
+    case Vector::norm1: return Vector::norm1_bias;
+    case Vector::norm2: return Vector::norm2_bias;
+    default: return Vector::final_norm_bias;
+  }
+}
+
+}  // namespace
+
+bool runs_here() {
+  cudaFuncAttributes found{};
+  const bool runs = cudaFuncGetAttributes(&found, probe) == cudaSuccess;
+  cudaGetLastError();
+  return runs;
+}
+
+void launch_gate(DType dtype, ActivationKind kind, const Batch& batch, const View& up, const View& out,
+                 cudaStream_t stream) {
+  activate_rows<true>(dtype, kind, batch, up, out, stream);
+}
+
+void launch_activate(DType dtype, ActivationKind kind, const Batch& batch, const View& rows, cudaStream_t stream) {
+  activate_rows<false>(dtype, kind, batch, rows, rows, stream);
+}
+
+void CudaBackend::embed(const Group& group, const Rows& out) {
+  const Entry entry(*this);
+  if (group.row_count == 0) return;
+  CudaWorkspace& ws = workspace_of(out);
+  const int64_t width = config_.decoder.d_model, bytes = group.row_count * static_cast<int64_t>(sizeof(DevRow));
+  auto* rows = reinterpret_cast<DevRow*>(staging_.reserve(bytes));
+  int64_t r = 0;
+  for (size_t c = 0; c < group.cells.size(); ++c) {
+    const Cell& cell = group.cells[c];
+    for (int64_t i = 0; i < cell.row_count; ++i, ++r) {
+      const Row& from = group.rows[r];
+      DevRow row;
+      row.position = from.position;
+      row.source = from.source;
+      if (cell.carried != nullptr && from.source <= Row::kFirstMemory) {
+        row.vector = static_cast<const float*>(cell.carried->data) + (Row::kFirstMemory - from.source) * width;
+      }
+      row.prev_begin = from.prev_begin;
+      row.cur_begin = from.cur_begin;
+      row.cur_end = from.cur_end;
+      row.cell = static_cast<int32_t>(c);
+      row.angle = static_cast<int32_t>(group.row_begin + r);
+      row.flags = (from.sees_padding ? DevRow::kSeesPadding : 0) |
+                  (from.sees_prev_padding ? DevRow::kSeesPrevPadding : 0) | (from.uniform ? DevRow::kUniform : 0);
+      rows[r] = row;
+    }
+  }
+  DevRow* there = ws.row_meta.as<DevRow>() + group.row_begin;
+  staging_.upload(there, bytes, main_.stream);
+  const int64_t half = config_.decoder.rotary_dims / 2;
+  const auto matrix = [&](Matrix which) { return matrices_[static_cast<size_t>(which)].data(); };
+  const Sources sources = {.embedding = matrix(Matrix::embedding),
+                           .positions = matrix(Matrix::positions),
+                           .memory = matrix(Matrix::memory),
+                           .sink = matrix(Matrix::sink),
+                           .frequencies = frequencies_.as<float>(),
+                           .angles = ws.angles.as<float2>() + group.row_begin * half,
+                           .half = static_cast<int>(half),
+                           .width = static_cast<int>(width)};
+  dispatch(dtype_, [&](auto type) {
+    using T = typename decltype(type)::type;
+    embed_kernel<<<static_cast<unsigned>(group.row_count), kThreads, 0, main_.stream>>>(
+        there, static_cast<T*>(out.data) + group.row_begin * width, sources);
+  });
+  check_launch("embed");
+  unchecked_rows_ += group.row_count;
+}
+
+void CudaBackend::norm(Vector which, Groups groups, const Rows& in, const Rows& out) {
+  const Entry entry(*this);
+  const Part part = part_of(groups);
+  const auto width = static_cast<int>(in.width);
+  const float* weight = vectors_[static_cast<size_t>(which)].as<float>();
+  const float* bias = vectors_[static_cast<size_t>(norm_bias(which))].as<float>();
+  const auto eps = static_cast<float>(config_.decoder.norm_eps);
+  const dim3 grid(part.batch.max_group_rows, part.batch.group_count);
+  if (grid.x == 0) return;
+  dispatch(dtype_, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = config_.decoder.norm == NormKind::rms ? norm_kernel<T, true> : norm_kernel<T, false>;
+    kernel<<<grid, norm_threads(width, sizeof(T)), 0, stream()>>>(part.batch, view(in), view(out), weight, bias, width,
+                                                                  eps);
+  });
+  check_launch("norm");
+}
+
+void CudaBackend::final_norm(const Rows& in, const Rows& out, int64_t count) {
+  const Entry entry(*this);
+  if (count == 0) return;
+  const auto width = static_cast<int>(in.width);
+  const float* weight = vectors_[static_cast<size_t>(Vector::final_norm)].as<float>();
+  const float* bias = vectors_[static_cast<size_t>(Vector::final_norm_bias)].as<float>();
+  const auto eps = static_cast<float>(config_.decoder.norm_eps);
+  dispatch(dtype_, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = config_.decoder.norm == NormKind::rms ? final_norm_kernel<T, true> : final_norm_kernel<T, false>;
+    kernel<<<static_cast<unsigned>(count), norm_threads(width, sizeof(T)), 0, stream()>>>(
+        static_cast<const T*>(in.data), static_cast<T*>(out.data), weight, bias, width, eps);
+  });
+  check_launch("final_norm");
+}
+
+void CudaBackend::gather(const Rows& from, std::span<const int64_t> rows, const Rows& to) {
+  const Entry entry(*this);
+  if (rows.empty()) return;
+  CudaWorkspace& ws = workspace_of(from);
+  const auto bytes = static_cast<int64_t>(rows.size_bytes());
+  std::copy(rows.begin(), rows.end(), reinterpret_cast<int64_t*>(staging_.reserve(bytes)));
+  staging_.upload(ws.gathered.data(), bytes, stream());
+  dispatch(dtype_, [&](auto type) {
+    using T = typename decltype(type)::type;
+    gather_kernel<<<static_cast<unsigned>(rows.size()), kThreads, 0, stream()>>>(
+        static_cast<const T*>(from.data), ws.row_meta.as<DevRow>(), ws.gathered.as<int64_t>(),
+        static_cast<T*>(to.data), ws.last_meta.as<DevRow>(), static_cast<int>(from.width));
+  });
+  check_launch("gather");
+}
+
+void CudaBackend::save_rows(const Rows& from, int64_t first, int64_t count, Block& to) {
+  const Entry entry(*this);
+  const int64_t elements = count * from.width;
+  if (elements == 0) return;
+  dispatch(dtype_, [&](auto type) {
+    using T = typename decltype(type)::type;
+    convert_kernel<<<static_cast<unsigned>(ceil_div(elements, kThreads)), kThreads, 0, main_.stream>>>(
+        static_cast<const T*>(from.data) + first * from.width, static_cast<float*>(to.data), elements);
+  });
+  check_launch("save_rows");
+  // The end of a stream's call: faults of its kernels belong to it. A few rows are waited for with their logits.
+  constexpr int64_t kFewRows = 256;
+  if (unchecked_rows_ > kFewRows) {
+    check(cudaStreamSynchronize(main_.stream), "running the model");
+    unchecked_rows_ = 0;
+  }
+}
+
+void CudaBackend::load_rows(const Block& from, int64_t count, const Rows& to, int64_t first) {
+  const Entry entry(*this);
+  const int64_t elements = count * to.width;
+  if (elements == 0) return;
+  dispatch(dtype_, [&](auto type) {
+    using T = typename decltype(type)::type;
+    convert_kernel<<<static_cast<unsigned>(ceil_div(elements, kThreads)), kThreads, 0, main_.stream>>>(
+        static_cast<const float*>(from.data), static_cast<T*>(to.data) + first * to.width, elements);
+  });
+  check_launch("load_rows");
+}
+
+}  // namespace armt::cuda

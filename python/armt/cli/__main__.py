@@ -1,0 +1,5 @@
+"""``python -m armt.cli``."""
+
+from armt.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""The commands together, and what they do with errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from armt.cli import convert, demo, info
+from armt.cli import run as run_text
+from armt.cli.output import one_line, print_error
+
+app = typer.Typer(
+    name="armt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("run")(run_text.run)
+app.command("info")(info.info)
+app.command("convert")(convert.convert)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import armt
+
+        print(f"armt {armt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def armt_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Reads any amount of text in constant memory, and answers from it.
+
+    Start with [bold]armt demo[/bold]. Every command has --help with an example.
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line; the exit code. One line on standard error says what went wrong."""
+    as_json = "--json" in arguments
+    try:
+        result = app(args=list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        print_error("interrupted", as_json=False)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has gone; Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        return _failed(error, as_json=as_json)
+
+
+def _failed(error: Exception, *, as_json: bool) -> int:
+    usage: Any = getattr(error, "format_message", None)
+    if usage is not None:  # typer: wrong options
+        if message := usage():
+            print_error(f"{one_line(message)} (see armt --help)", as_json=as_json, kind="Usage")
+        return int(getattr(error, "exit_code", 2))
+    if type(error).__name__ == "Abort":
+        print_error("interrupted", as_json=False)
+        return 128 + signal.SIGINT
+    expected = (ValueError, OSError, RuntimeError, MemoryError)
+    if not isinstance(error, expected) or os.environ.get("ARMT_TRACEBACK"):
+        raise error
+    print_error(str(error) or type(error).__name__, as_json=as_json, kind=type(error).__name__)
+    return 1

@@ -1,0 +1,78 @@
+"""What the commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LINE_LIMIT = 600
+
+
+def one_line(message: str) -> str:
+    """A message of several lines as one, cut where it gets very long."""
+    line = " ".join(part.strip() for part in message.split("\n") if part.strip())
+    return line if len(line) <= LINE_LIMIT else line[:LINE_LIMIT] + " ... (--json shows all)"
+
+
+def print_error(message: str, *, as_json: bool, kind: str = "") -> None:
+    """One line on standard error; with ``as_json`` also an object with the whole message."""
+    if as_json:
+        print_json({"error": {"type": kind, "message": message}})
+    print(f"armt: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def console() -> Console:
+    """Standard output for people; without colour in a pipe."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)
+
+
+def say(message: str) -> None:
+    """A line for people on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people: "139 KiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:,.1f} {unit}"
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write to; it becomes ``target`` only when all went well."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: the folder {target.parent} does not exist")
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    path = Path(name)
+    try:
+        yield path
+        os.chmod(path, 0o666 & ~_umask())
+        os.replace(path, target)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,180 @@
+"""Reads a story through the engine and asks about it on the way."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from armt.demo.story import Fact, Story, answer_text, people, question
+from armt.engine import Engine
+from armt.session import Session
+
+SEGMENTS_A_CALL = 32
+
+
+class Clock(Protocol):
+    """Follows the reading; questions do not count as reading."""
+
+    @property
+    def seconds(self) -> float:
+        """Time spent reading."""
+
+    def update(self, done: float, tokens: int) -> None:
+        """So much has been read."""
+
+    def resume(self) -> None:
+        """Reading goes on."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, what the model said and what the story says."""
+
+    question: str
+    answer: str
+    expected: str
+    asked_at: int
+    """Tokens read before the question."""
+    fact: Fact
+
+    @property
+    def right(self) -> bool:
+        """Whether the model knew."""
+        return self.answer == self.expected
+
+    @property
+    def tokens_ago(self) -> int:
+        """Tokens read since the fact began."""
+        return self.asked_at - self.fact.position
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that the demo found out."""
+
+    device: str
+    description: str
+    dtype: str
+    tokens: int
+    segments: int
+    facts: int
+    seed: int
+    seconds: float
+    first_tokens: int
+    """Tokens after which the first of each two sizes was taken; the second was at the end."""
+    state_bytes: tuple[int, int]
+    """Size of the session's state."""
+    peak_bytes: tuple[int, int]
+    """Largest resident memory of the process so far."""
+    answers: list[Answer]
+
+    @property
+    def right(self) -> int:
+        """Number of right answers."""
+        return sum(answer.right for answer in self.answers)
+
+    @property
+    def needed(self) -> int:
+        """Three in four."""
+        return -(-3 * len(self.answers) // 4)
+
+    @property
+    def passed(self) -> bool:
+        """Whether enough answers are right."""
+        return self.right >= self.needed
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        answers = [asdict(a) | {"right": a.right, "tokens_ago": a.tokens_ago} for a in self.answers]
+        return asdict(self) | {
+            "answers": answers,
+            "tokens_per_second": self.tokens / self.seconds,
+            "right": self.right,
+            "asked": len(self.answers),
+            "needed": self.needed,
+            "passed": self.passed,
+        }
+
+
+def examine(
+    engine: Engine, *, tokens: int, questions: int, moves: int, seed: int, clock: Clock
+) -> Result:
+    """Reads ``tokens`` tokens; asks ``questions`` questions, as many people at a time as there are,
+    the last ones at the end."""
+    story = Story(tokens, moves, seed)
+    session = engine.session()
+    rounds = -(-questions // len(people()))
+    answers: list[Answer] = []
+    _read(session, story, min(SEGMENTS_A_CALL * engine.segment_size, tokens // rounds), clock)
+    sizes = [_sizes(session)]
+    for number in range(1, rounds + 1):
+        _read(session, story, tokens * number // rounds, clock)
+        answers += ask_all(session, story)[: questions - len(answers)]
+    sizes.append(_sizes(session))
+    return Result(
+        device=engine.device,
+        description=engine.description,
+        dtype=engine.dtype,
+        tokens=session.tokens,
+        segments=session.segments + (session.open_tokens > 0),
+        facts=len(story.facts),
+        seed=seed,
+        seconds=clock.seconds,
+        first_tokens=sizes[0][0],
+        state_bytes=(sizes[0][1], sizes[1][1]),
+        peak_bytes=(sizes[0][2], sizes[1][2]),
+        answers=answers,
+    )
+
+
+def _read(session: Session, story: Story, end: int, clock: Clock) -> None:
+    """Reads on until the session has read ``end`` tokens."""
+    clock.resume()
+    while (before := session.tokens) < end:
+        ids = story.read(min(SEGMENTS_A_CALL * session.engine.segment_size, end - before))
+
+        def report(done: int, *, before: int = before) -> None:
+            clock.update(before + done, before + done)
+
+        session.feed(ids, progress=report)
+    clock.update(end, end)
+
+
+def ask_all(session: Session, story: Story) -> list[Answer]:
+    """Where is everybody of whom the story has told? The session is left as it is."""
+    told = [(person, story.last_fact(person)) for person in people()]
+    return [
+        Answer(question(person)[0], ask(session, person), fact.place, session.tokens, fact)
+        for person, fact in told
+        if fact is not None
+    ]
+
+
+def ask(session: Session, person: str) -> str:
+    """The model's answer, one token, from a fork."""
+    _, ids = question(person)
+    with session.fork() as branch:
+        if branch.open_tokens + len(ids) > session.engine.segment_size:
+            branch.close_segment()  # a question is not torn in two
+        logits = branch.feed(ids, logits="last").logits
+    assert logits is not None
+    return answer_text(int(logits.argmax()))
+
+
+def _sizes(session: Session) -> tuple[int, int, int]:
+    """Tokens read, bytes of the memory behind them, peak bytes of the process."""
+    with session.fork() as branch:
+        branch.close_segment()
+        state = len(branch.state.to_bytes())
+    return session.tokens, state, peak_memory()
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,61 @@
+"""Token ids from whatever the caller has: lists, NumPy, or anything with ``__dlpack__``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from armt.errors import InvalidArgument
+
+IdArray: TypeAlias = npt.NDArray[np.integer[Any]]
+TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]] | Any"
+
+
+def as_array(values: TokenIds, *, name: str = "token ids") -> IdArray:
+    """``values`` as an integer array of any rank, without a copy where none is needed.
+
+    Raises InvalidArgument for other types (floats, booleans, text, ragged lists).
+    """
+    if isinstance(values, (str, bytes)):
+        raise InvalidArgument(f"{name}: found text, expected integers; encode it with a tokenizer")
+    if isinstance(values, np.ndarray):
+        array = values
+    elif hasattr(values, "__dlpack__"):
+        array = _from_dlpack(values, name)
+    else:
+        array = _from_iterable(values, name)
+    if array.size == 0:
+        raise InvalidArgument(f"{name}: the input is empty, expected at least one token")
+    if array.dtype.kind not in "iu":
+        raise InvalidArgument(f"{name}: found dtype {array.dtype}, expected an integer type")
+    return array
+
+
+def as_ids(values: TokenIds, *, name: str = "token ids") -> IdArray:
+    """``values`` as a one-dimensional integer array [tokens]."""
+    array = as_array(values, name=name)
+    if array.ndim != 1:
+        raise InvalidArgument(f"{name}: found shape {array.shape}, expected one dimension [tokens]")
+    return array
+
+
+def _from_dlpack(values: Any, name: str) -> npt.NDArray[Any]:
+    try:
+        return np.from_dlpack(values)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"{name}: the array cannot be read from host memory ({error}); move it to the CPU first"
+        ) from error
+
+
+def _from_iterable(values: Any, name: str) -> npt.NDArray[Any]:
+    if not isinstance(values, Iterable):
+        raise InvalidArgument(f"{name}: found {type(values).__name__}, expected integers")
+    items = values if isinstance(values, Sequence) else list(values)
+    try:
+        return np.asarray(items)
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgument(f"{name}: found rows of unequal length, expected integers") from error

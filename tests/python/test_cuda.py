@@ -1,0 +1,332 @@
+"""The CUDA backend: published numbers, the CPU engine beside it, sessions, errors.
+
+    python -m pytest tests/python/test_cuda.py --conformance DIR
+
+Skipped where no GPU can be used.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import CaseReport
+from conformance import Case
+from tolerances import Tolerance, assert_close, tolerance, worst_difference
+from variants import VARIANTS, Variant, Zoo
+
+import armt
+from armt import _core
+
+pytestmark = pytest.mark.skipif(_core.cuda_device_count() == 0, reason="no GPU can be used here")
+
+VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+SCHEDULE = pytest.mark.parametrize("schedule", ["sequential", "diagonal"])
+HALVES = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+# Widths that are not multiples of any tile; segments over several tiles of keys and rows.
+_WIDE_LLAMA = {
+    "hidden_size": 136,
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+}
+_WIDE_GPT2 = {"n_embd": 192, "n_layer": 3, "n_head": 3, "n_positions": 512}
+_LONG = {"segment_size": 150, "num_mem_tokens": 20, "d_mem": 40}
+WIDE = [
+    Variant("wide-paper-gpt2", "gpt2", "paper", _WIDE_GPT2, _LONG | {"wrap_pos": True}),
+    Variant("wide-paper-llama", "llama", "paper", _WIDE_LLAMA, _LONG),
+    Variant(
+        "wide-modern-llama",
+        "llama",
+        "modern",
+        _WIDE_LLAMA,
+        _LONG | {"n_heads": 4, "use_sink": True, "sliding_window": True},
+    ),
+    Variant("wide-modern-qwen3", "qwen3", "modern", _WIDE_LLAMA | {"head_dim": 128}, _LONG),
+    Variant("wide-inner-llama", "llama", "modern-inner", _WIDE_LLAMA | {"head_dim": 16}, _LONG),
+    Variant(
+        "wide-rmt-llama",
+        "llama",
+        "rmt",
+        _WIDE_LLAMA | {"head_dim": 160},
+        {"segment_size": 150, "num_mem_tokens": 20},
+    ),
+]
+WIDE_VARIANT = pytest.mark.parametrize("variant", WIDE, ids=lambda v: v.name)
+
+
+def load(case: Case, **options: Any) -> armt.Engine:
+    if case.name.endswith("pickle") or case.config["weights"].get("kind", "").startswith("pickled"):
+        pytest.importorskip("torch", reason="pickled checkpoints need torch")
+    options.setdefault("dtype", "float32")
+    return armt.Engine.from_pretrained(case.folder, device="cuda", **options)
+
+
+def on(
+    device: str, zoo: Zoo, variant: Variant, *, weights: str = "F32", **options: Any
+) -> armt.Engine:
+    zoo.model(variant, weights)
+    return armt.Engine.from_pretrained(zoo.path(variant, weights), device=device, **options)
+
+
+def states_of(out: armt.ForwardOutput) -> dict[str, npt.NDArray[Any]]:
+    """What the rows' streams hold after a forward call, stacked over batch and layers."""
+    if out.states[0].memory_tokens is not None:
+        return {"memory": np.stack([state.memory_tokens for state in out.states])}
+    layers = range(out.states[0].layers)
+    pairs = [[state.memory(layer) for state in out.states] for layer in layers]
+    found = {"A": np.stack([np.stack([a for a, _ in row]) for row in pairs])}
+    if pairs[0][0][1] is not None:
+        found["z"] = np.stack([np.stack([z for _, z in row]) for row in pairs])
+    return found
+
+
+def relative(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    return worst_difference(found, expected) / max(float(np.abs(expected).max()), 1e-30)
+
+
+# ------------------------------------------------------------------ published numbers
+
+
+@SCHEDULE
+def test_published_forward(conformance_case: Case, schedule: str, case_report: CaseReport) -> None:
+    case = conformance_case
+    out = load(case, schedule=schedule).forward(case.input_ids, case.attention_mask)
+    logits, real = case.expected("logits"), case.real
+    assert logits is not None
+    assert out.logits is not None
+    found = states_of(out)
+    names = {"A": "memory_A", "z": "memory_z", "memory": "memory_state"}
+    pairs: dict[str, tuple[Any, Any]] = {"logits": (out.logits[real], logits[real])}
+    for name, array in found.items():
+        expected = case.expected(names[name])
+        assert expected is not None
+        pairs[name] = (array.reshape(expected.shape), expected)
+    case_report(case.name, f"cuda {schedule}", {n: relative(*pair) for n, pair in pairs.items()})
+    for name, (value, expected) in pairs.items():
+        assert_close(name, value, expected, tolerance("cuda_conformance", "float32"))
+
+
+@HALVES
+def test_published_forward_in_half(
+    conformance_case: Case, dtype: str, case_report: CaseReport
+) -> None:
+    """Weights and activations of 16 bits; the state stays float32."""
+    case = conformance_case
+    out = load(case, dtype=dtype).forward(case.input_ids, case.attention_mask)
+    logits, real = case.expected("logits"), case.real
+    assert logits is not None
+    assert out.logits is not None
+    case_report(case.name, f"cuda {dtype}", {"logits": relative(out.logits[real], logits[real])})
+    limit = tolerance("cuda_conformance", dtype)
+    assert_close("logits", out.logits[real], logits[real], limit)
+
+
+def test_published_generation(generation_case: Case) -> None:
+    case = generation_case
+    prompt, expected = case.arrays["generate_prompt_ids"], case.arrays["generated_ids"]
+    found = load(case).generate(prompt, max_new_tokens=expected.shape[1])
+    np.testing.assert_array_equal(found[:, prompt.shape[1] :], expected)
+
+
+# ------------------------------------------------------------------ beside the CPU engine
+
+
+def compare_engines(
+    cpu: armt.Engine, cuda: armt.Engine, ids: Any, mask: Any, limit: Tolerance
+) -> dict[str, float]:
+    expected, found = cpu.forward(ids, mask), cuda.forward(ids, mask)
+    assert expected.logits is not None
+    assert found.logits is not None
+    real = np.ones(ids.shape, bool) if mask is None else mask != 0
+    errors = {"logits": relative(found.logits[real], expected.logits[real])}
+    assert_close("logits", found.logits, expected.logits, limit, where=real)
+    theirs = states_of(expected)
+    for name, value in states_of(found).items():
+        errors[name] = relative(value, theirs[name])
+        assert_close(name, value, theirs[name], limit)
+    return errors
+
+
+@VARIANT
+@SCHEDULE
+def test_forward_equals_cpu(zoo: Zoo, variant: Variant, schedule: str) -> None:
+    ids = zoo.model(variant).tokens((2, 31), seed=3)
+    cuda = on("cuda", zoo, variant, schedule=schedule)
+    limit = tolerance("cuda_engine", "float32")
+    compare_engines(on("cpu", zoo, variant), cuda, ids, None, limit)
+
+
+@VARIANT
+def test_padding_equals_cpu(zoo: Zoo, variant: Variant) -> None:
+    ids = zoo.model(variant).tokens((3, 24), seed=5)
+    mask = np.ones_like(ids)
+    mask[0, 17:] = 0
+    mask[1, :10] = 0
+    limit = tolerance("cuda_engine", "float32")
+    compare_engines(on("cpu", zoo, variant), on("cuda", zoo, variant), ids, mask, limit)
+
+
+@WIDE_VARIANT
+def test_wide_float32_equals_cpu(zoo: Zoo, variant: Variant) -> None:
+    ids = zoo.model(variant).tokens((2, 700), seed=8)
+    limit = tolerance("cuda_engine", "float32")
+    compare_engines(on("cpu", zoo, variant), on("cuda", zoo, variant), ids, None, limit)
+
+
+@WIDE_VARIANT
+@SCHEDULE
+@pytest.mark.parametrize("padded", [False, True])
+def test_wide_bfloat16_equals_cpu(
+    zoo: Zoo, variant: Variant, schedule: str, padded: bool, case_report: CaseReport
+) -> None:
+    """The CPU computes in float32 with the same bfloat16 weights."""
+    ids = zoo.model(variant, "BF16").tokens((2, 700), seed=8)
+    mask = None
+    if padded:
+        mask = np.ones_like(ids)
+        mask[0, :170] = 0
+        mask[1, 620:] = 0
+    cpu = on("cpu", zoo, variant, weights="BF16", dtype="bfloat16")
+    cuda = on("cuda", zoo, variant, weights="BF16", dtype="bfloat16", schedule=schedule)
+    errors = compare_engines(cpu, cuda, ids, mask, tolerance("cuda_engine", "bfloat16"))
+    case_report(variant.name, f"bf16 {schedule}{' padded' if padded else ''}", errors)
+
+
+# ------------------------------------------------------------------ sessions
+
+
+@WIDE_VARIANT
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pieces_equal_the_whole(zoo: Zoo, variant: Variant, dtype: str) -> None:
+    engine = on("cuda", zoo, variant, weights="BF16", dtype=dtype, schedule="diagonal")
+    ids = zoo.model(variant, "BF16").tokens((1, 500), seed=4)[0]
+    whole = engine.session()
+    expected = whole.feed(ids, logits="all").logits
+    assert expected is not None
+    session = engine.session()
+    parts = []
+    cuts = [0, 1, 2, 60, 149, 150, 151, 310, 311, 480, 500]
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        part = session.feed(ids[begin:end], logits="all").logits
+        assert part is not None
+        parts.append(part)
+    limit = tolerance("cuda_engine", dtype)
+    assert_close("logits", np.concatenate(parts), expected, limit)
+    assert_close("last logits", session.logits, whole.logits, limit)
+
+
+@WIDE_VARIANT
+def test_fork_rollback_and_bytes(zoo: Zoo, variant: Variant) -> None:
+    engine = on("cuda", zoo, variant)
+    cpu = on("cpu", zoo, variant)
+    ids = zoo.model(variant).tokens((1, 420), seed=6)[0]
+    session = engine.session()
+    session.feed(ids[:320])
+    state = session.checkpoint()
+    fork = session.fork()
+    expected = session.feed(ids[320:], logits="all").logits
+    assert expected is not None
+    again = fork.feed(ids[320:], logits="all").logits
+    np.testing.assert_array_equal(again, expected)
+    session.rollback(state)
+    np.testing.assert_array_equal(session.feed(ids[320:], logits="all").logits, expected)
+    loaded = armt.State.from_bytes(state.to_bytes())
+    np.testing.assert_array_equal(
+        engine.session(state=loaded).feed(ids[320:], logits="all").logits, expected
+    )
+    moved = cpu.session(state=loaded).feed(ids[320:], logits="all").logits
+    assert moved is not None
+    assert_close("on the CPU", moved, expected, tolerance("cuda_engine", "float32"))
+
+
+@WIDE_VARIANT
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_sessions_equal_one(zoo: Zoo, variant: Variant, dtype: str) -> None:
+    engine = on("cuda", zoo, variant, weights="BF16", dtype=dtype, schedule="diagonal")
+    rng = np.random.default_rng(9)
+    lengths = [1, 150, 151, 40, 333, 480, 2]
+    inputs = [rng.integers(0, engine.vocab_size, size=n) for n in lengths]
+    sessions = [engine.session() for _ in inputs]
+    together = engine.feed_many(zip(sessions, inputs, strict=True), logits="all")
+    limit = tolerance("cuda_engine", dtype)
+    for session, output, ids in zip(sessions, together, inputs, strict=True):
+        alone = engine.session()
+        expected = alone.feed(ids, logits="all").logits
+        assert output.logits is not None
+        assert expected is not None
+        assert_close("logits", output.logits, expected, limit)
+        follow = ids[:1]
+        assert_close(
+            "next",
+            np.asarray(session.feed(follow, logits="last").logits),
+            np.asarray(alone.feed(follow, logits="last").logits),
+            limit,
+        )
+
+
+def test_threads_share_an_engine(zoo: Zoo) -> None:
+    variant = WIDE[1]
+    engine = on("cuda", zoo, variant)
+    ids = zoo.model(variant).tokens((4, 330), seed=2)
+    expected = [engine.session().feed(row, logits="last").logits for row in ids]
+    found: dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        session = engine.session()
+        for begin in range(0, 330, 30):
+            out = session.feed(ids[index][begin : begin + 30], logits="last")
+        found[index] = out.logits
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, logits in enumerate(expected):
+        assert logits is not None
+        assert_close("logits", found[index], logits, tolerance("cuda_engine", "float32"))
+
+
+def test_generation_past_the_segment(zoo: Zoo) -> None:
+    variant = WIDE[1]
+    prompt = zoo.model(variant).tokens((1, 140), seed=7)[0]
+    answers = []
+    for device in ("cpu", "cuda"):
+        session = on(device, zoo, variant).session(seed=3)
+        session.feed(prompt)
+        answers.append(list(session.generate(60, rollover=True)))
+    assert answers[0] == answers[1]
+
+
+# ------------------------------------------------------------------ faults
+
+
+def test_wrong_device_index(zoo: Zoo) -> None:
+    with pytest.raises(armt.DeviceError, match="expected a number below"):
+        on("cuda:99", zoo, VARIANTS[0])
+
+
+def test_auto_takes_the_gpu(zoo: Zoo) -> None:
+    assert on("auto", zoo, VARIANTS[0]).device == "cuda:0"
+
+
+def test_out_of_memory_leaves_everything_usable(zoo: Zoo, tmp_path: Path) -> None:
+    """One page of this engine's cache holds a whole segment, here more than any GPU has."""
+    huge = Variant("huge", "llama", "paper", {}, {"segment_size": 2**31 - 1})
+    huge.model().save(tmp_path)
+    engine = armt.Engine.from_pretrained(tmp_path, device="cuda")
+    session = engine.session()
+    for _ in range(2):
+        with pytest.raises(armt.OutOfMemory, match="MiB"):
+            session.feed([1, 2, 3])
+        assert session.tokens == 0
+    small = on("cuda", zoo, VARIANTS[0])
+    assert small.session().feed([1, 2, 3], logits="last").logits is not None
