@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 
 #include "armt/error.h"
 #include "check.h"
+#include "gated.h"
 #include "kernels.h"
 #include "weights.h"
 #include "workspace.h"
@@ -81,6 +83,7 @@ CudaBackend::CudaBackend(const ModelConfig& config, const BackendOptions& option
   description_ = name + ", " + std::to_string(found.multiProcessorCount) + " multiprocessors, " +
                  std::to_string(found.totalGlobalMem >> 30) + " GiB";
   processors_ = found.multiProcessorCount;
+  fuses_gate_ = dtype_ == DType::bf16 && std::getenv("ARMT_NO_FUSED_GATE") == nullptr && can_fuse_gate();
   lt_ = std::make_unique<Lt>();
   int least = 0, greatest = 0;
   check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");

@@ -141,6 +141,7 @@ class CudaBackend : public Backend {
   const int device_;
   std::string description_;
   int processors_ = 0;
+  bool fuses_gate_ = false;
   mutable std::recursive_mutex mutex_;
   Arena arena_;
   std::unique_ptr<Lt> lt_;

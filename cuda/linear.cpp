@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "gated.h"
 #include "kernels.h"
 #include "workspace.h"
 
@@ -71,6 +72,20 @@ void CudaBackend::linear(Matrix which, Groups groups, const Rows& in, const Rows
   if (c1 < 0) c1 = all;
   const bool activate = epilogue == Epilogue::activate;
   const bool gated = activate && decoder.gated_mlp;
+
+  if (gated && fuses_gate_ && gate_fits(part.batch.max_group_rows, in.width, decoder.d_ff) &&
+      vectors_[static_cast<size_t>(Vector::mlp_up_bias)].data() == nullptr) {
+    const GatedProduct product = {.in = in.data,
+                                  .weight = matrices_[static_cast<size_t>(which)].data(),
+                                  .out = out.data,
+                                  .in_rows = active_.scratch->hidden.bytes() / (in.width * element()),
+                                  .weight_rows = decoder.n_layers * all,
+                                  .depth = in.width,
+                                  .d_ff = decoder.d_ff,
+                                  .kind = decoder.activation};
+    launch_gated_product(product, part.batch, processors_, stream());
+    return;
+  }
 
   Operands operands;
   operands.depth = in.width;

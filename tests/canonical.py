@@ -4,6 +4,7 @@ comparison with those of a loaded checkpoint."""
 from __future__ import annotations
 
 import numpy as np
+
 from armt.checkpoint import Checkpoint
 from reference.arrays import Array
 from reference.decoder import GPT2, Decoder, GPTNeoX, Llama

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-(cd "$out" && pybind11-stubgen armt._core --output-dir . --exit-code >/dev/null)
+(cd "$out" && pybind11-stubgen armt._core --output-dir . --exit-code >/dev/null 2>&1)
 fresh="$out/armt/_core"
 [ -d "$fresh" ] || fresh="$out/armt/_core.pyi"
 if [ "${1:-}" = "--write" ]; then

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from reference.arrays import Array
 from reference.random_models import RandomModel
 from reference.safetensors import round_to, write_safetensors
@@ -40,7 +41,8 @@ def save_hub(folder: Path, spec: RandomModel, *, shards: int = 1, **changes: Any
     if shards == 1:
         write_safetensors(folder / "model.safetensors", spec.weights, dtype=spec.dtype)
         return folder
-    names, weight_map = sorted(spec.weights), {}
+    names = sorted(spec.weights)
+    weight_map: dict[str, str] = {}
     for k in range(shards):
         file = f"model-{k + 1:05}-of-{shards:05}.safetensors"
         part = {name: spec.weights[name] for name in names[k::shards]}

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include "arrays.h"
 #include "config.h"
@@ -50,9 +51,9 @@ void load_vector(Engine& engine, const std::string& slot, int64_t layer,
   engine.load(vector_from(slot), layer, {values.data(), static_cast<size_t>(values.size())});
 }
 
-py::dict stats(const Engine& engine) {
+py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
   const EngineStats s = engine.stats();
-  py::dict result;
+  py::typing::Dict<py::str, py::object> result;
   result["tokens"] = s.tokens;
   result["segments"] = s.segments;
   result["calls"] = s.calls;

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "arrays.h"
 #include "hooks.h"
 #include "module.h"
@@ -18,11 +20,13 @@ LogitsWanted logits_from(const std::string& name) {
   throw InvalidArgument("logits: found '" + name + "', expected none, last or all");
 }
 
+using LogitsArrays = std::vector<std::optional<py::array_t<float>>>;
+
 // The arrays that a call reads from and writes to while the GIL is released.
 struct Prepared {
   std::vector<TokenIds> ids;
   std::vector<Call> calls;
-  py::list logits;  // one array or None for each row
+  LogitsArrays logits;  // of each row, where asked for
 
   void add(Session& session, const py::array& tokens, LogitsWanted wanted) {
     ids.emplace_back(tokens);
@@ -32,20 +36,20 @@ struct Prepared {
     call.logits = wanted;
     const py::ssize_t vocab = session.engine()->config().decoder.vocab_size;
     if (wanted == LogitsWanted::none) {
-      logits.append(py::none());
+      logits.emplace_back();
     } else {
       const auto count = static_cast<py::ssize_t>(call.tokens.size());
       py::array_t<float> out = wanted == LogitsWanted::last ? new_array({vocab}) : new_array({count, vocab});
       call.logits_out = out.mutable_data();
-      logits.append(std::move(out));
+      logits.emplace_back(std::move(out));
     }
     calls.push_back(std::move(call));
   }
 };
 
-py::list run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows, const std::string& logits,
+LogitsArrays run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows, const std::string& logits,
                   bool one_segment, bool write, bool grow, const py::object& progress) {
-  if (rows.empty()) return py::list();
+  if (rows.empty()) return {};
   const LogitsWanted wanted = logits_from(logits);
   Prepared prepared;
   prepared.ids.reserve(rows.size());
@@ -73,7 +77,7 @@ py::list run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::arra
 }
 
 // The stateless call of one row each: cuts and mask as given, an own session a row.
-py::list forward(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows,
+LogitsArrays forward(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows,
                  const std::vector<std::vector<int64_t>>& cuts, const std::vector<py::bytes>& attention,
                  const std::string& logits, bool close_last, bool windowed, const py::object& progress) {
   const LogitsWanted wanted = logits_from(logits);
@@ -132,9 +136,12 @@ py::array_t<double> score(Session& session, const py::array& tokens, bool write,
   return to_array(std::move(result), {count});
 }
 
-std::shared_ptr<Session> make_session(const std::shared_ptr<Engine>& engine, const PyState* state) {
-  if (!state) return std::make_shared<Session>(engine);
-  return std::make_shared<Session>(engine, state->stream(*engine));
+std::shared_ptr<Session> new_session(const std::shared_ptr<Engine>& engine) {
+  return std::make_shared<Session>(engine);
+}
+
+std::shared_ptr<Session> continued_session(const std::shared_ptr<Engine>& engine, const PyState& state) {
+  return std::make_shared<Session>(engine, state.stream(*engine));
 }
 
 void bind_sampling(py::module_& m) {
@@ -155,7 +162,8 @@ void bind_sampling(py::module_& m) {
 void bind_session(py::module_& m) {
   bind_sampling(m);
   py::class_<Session, std::shared_ptr<Session>>(m, "Session", "One stream over a shared engine.")
-      .def(py::init(&make_session), py::arg("engine"), py::arg("state") = nullptr)
+      .def(py::init(&new_session), py::arg("engine"))
+      .def(py::init(&continued_session), py::arg("engine"), py::arg("state"))
       .def("close_segment",
            [](Session& session, const py::object& progress) {
              const RunHooks hooks = make_hooks(progress);

@@ -137,7 +137,7 @@ class Engine:
         """A new stream, empty or continuing from ``state``; StateError if that does not fit."""
         if state is not None and not isinstance(state, _core.State):
             raise StateError(f"state: found {type(state).__name__}, expected an armt.State")
-        core = _core.Session(self._core, state)
+        core = _core.Session(self._core) if state is None else _core.Session(self._core, state)
         if seed is not None:
             core.set_seed(check_seed(seed))
         return Session(self, core)
@@ -290,7 +290,7 @@ class Engine:
         cuts = segment_lengths(
             ids.shape[1], self.segment_size, self._checkpoint.segment_alignment
         )
-        cores = [_core.Session(self._core, None) for _ in ids]
+        cores = [_core.Session(self._core) for _ in ids]
         with reporting(progress, total=ids.size) as report:
             outputs = _core.forward(
                 list(zip(cores, ids, strict=True)),
@@ -301,7 +301,8 @@ class Engine:
                 True,
                 report,
             )
-        stacked = None if logits == "none" else np.stack(outputs)
+        rows = [out for out in outputs if out is not None]
+        stacked = np.stack(rows) if rows else None
         return ForwardOutput(stacked, [core.snapshot() for core in cores])
 
     def generate(
@@ -334,7 +335,7 @@ class Engine:
         dialect = self._checkpoint.memory["dialect"]
         alignment = self._checkpoint.segment_alignment
         cuts = [segment_lengths(len(p), self.segment_size, alignment) for p in prompts]
-        cores = [_core.Session(self._core, None) for _ in prompts]
+        cores = [_core.Session(self._core) for _ in prompts]
         for row, core in enumerate(cores):
             core.set_seed(check_seed((seed or 0) + row))
         # The published paper-dialect and RMT generation knows no sliding window (armt-math 7.4).

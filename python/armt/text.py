@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -236,11 +237,9 @@ class StreamDecoder:
         return piece
 
 
-def open_text(binary: IO[bytes]) -> IO[str]:
+def open_text(binary: BinaryIO) -> io.TextIOWrapper:
     """A binary stream as UTF-8 text, line ends unified as Python's text files do."""
-    import io
-
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None)  # type: ignore[arg-type]
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None)
 
 
 def _load(file: Path) -> Any:

@@ -1,5 +1,5 @@
-// The CPU backend's dense part through the seam: loading and its errors, embedding, linear layers, norms, logits,
-// buffers, and the running of groups.
+// The CPU backend's dense part through the seam: loading and its errors, embedding, linear layers,
+// norms, logits, buffers, and the running of groups.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -11,6 +11,10 @@
 #include "armt/error.h"
 #include "check.h"
 #include "cpu/cpu_backend.h"
+
+// Under a sanitizer an allocation that is too large must fail as it does without one.
+extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+extern "C" const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
 
 namespace {
 
@@ -29,7 +33,12 @@ std::vector<float> normal(int64_t count) {
 
 ModelConfig small_config() {
   ModelConfig config;
-  config.decoder = {.vocab_size = 101, .d_model = 40, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 10,
+  config.decoder = {.vocab_size = 101,
+                    .d_model = 40,
+                    .n_layers = 2,
+                    .n_heads = 4,
+                    .n_kv_heads = 2,
+                    .head_dim = 10,
                     .d_ff = 70};
   config.decoder.learned_positions = 30;
   config.decoder.gated_mlp = true;
@@ -49,8 +58,12 @@ HostMatrix view(const std::vector<float>& values, const cpu::Shape& shape) {
   return {values.data(), DType::f32, shape.rows, shape.cols, shape.cols, 1};
 }
 
-bool in_layer(Matrix which, int64_t layer) { return layer == 0 || which < Matrix::head; }
-bool in_layer(Vector which, int64_t layer) { return layer == 0 || which < Vector::final_norm; }
+bool in_layer(Matrix which, int64_t layer) {
+  return layer == 0 || which < Matrix::head;
+}
+bool in_layer(Vector which, int64_t layer) {
+  return layer == 0 || which < Vector::final_norm;
+}
 
 Weights load_all(CpuBackend& backend, bool with_head) {
   Weights weights;
@@ -91,8 +104,8 @@ void throws(const std::string& part, Fn&& fn) {
     fn();
     check(false, "nothing thrown, expected: " + part);
   } catch (const Expected& error) {
-    check(std::string(error.what()).find(part) != std::string::npos, "message '" + std::string(error.what()) +
-                                                                         "' lacks '" + part + "'");
+    check(std::string(error.what()).find(part) != std::string::npos,
+          "message '" + std::string(error.what()) + "' lacks '" + part + "'");
   }
 }
 
@@ -100,15 +113,19 @@ void refusals() {
   const ModelConfig config = small_config();
   CpuBackend backend(config, with_threads(1));
   const std::vector<float> values(100000);
-  throws<CheckpointError>("layer 1 mlp_up: found shape [70, 40], expected [140, 40]",
-                          [&] { backend.load(Matrix::mlp_up, 1, view(values, {70, 40})); });
-  throws<CheckpointError>("head: found shape [40, 101], expected [101, 40]",
-                          [&] { backend.load(Matrix::head, 0, view(values, {40, 101})); });
-  throws<CheckpointError>("found layer 2, expected one of 0 .. 1",
-                          [&] { backend.load(Matrix::qkv, 2, view(values, {80, 40})); });
+  throws<CheckpointError>("layer 1 mlp_up: found shape [70, 40], expected [140, 40]", [&] {
+    backend.load(Matrix::mlp_up, 1, view(values, {70, 40}));
+  });
+  throws<CheckpointError>("head: found shape [40, 101], expected [101, 40]", [&] {
+    backend.load(Matrix::head, 0, view(values, {40, 101}));
+  });
+  throws<CheckpointError>("found layer 2, expected one of 0 .. 1", [&] {
+    backend.load(Matrix::qkv, 2, view(values, {80, 40}));
+  });
   throws<CheckpointError>("layer 0 norm1: found 41 values, expected 40",
                           [&] { backend.load(Vector::norm1, 0, std::span(values).first(41)); });
-  throws<CheckpointError>("missing layer 0 qkv, layer 0 attn_out", [&] { backend.finish_loading(); });
+  throws<CheckpointError>("missing layer 0 qkv, layer 0 attn_out",
+                          [&] { backend.finish_loading(); });
   BackendOptions options;
   options.weight_dtype = DType::f16;
   throws<InvalidArgument>("float16", [&] { CpuBackend refused(config, options); });
@@ -118,11 +135,14 @@ void refusals() {
   options = {};
   for (const char* device : {"gpu", "cuda:", "cuda:x", "cpu:0", ""}) {
     options.device = device;
-    throws<InvalidArgument>("found '" + options.device + "'", [&] { make_backend(config, options); });
+    throws<InvalidArgument>("found '" + options.device + "'",
+                            [&] { make_backend(config, options); });
   }
   options.device = "auto";
-  if (cuda_device_count() == 0) check(make_backend(config, options)->device() == "cpu", "auto without a GPU");
-  throws<OutOfMemory>(std::to_string(int64_t{1} << 60), [&] { backend.allocate(int64_t{1} << 60); });
+  if (cuda_device_count() == 0)
+    check(make_backend(config, options)->device() == "cpu", "auto without a GPU");
+  throws<OutOfMemory>(std::to_string(int64_t{1} << 60),
+                      [&] { backend.allocate(int64_t{1} << 60); });
 }
 
 void blocks() {
@@ -139,7 +159,8 @@ void blocks() {
   check(std::isnan(static_cast<float*>(b->data)[32]), "not copied");
   check(backend.allocate(0)->data != nullptr, "empty block");
   const auto workspace = backend.make_workspace(2, 5);
-  check(std::isnan(static_cast<float*>(workspace->residual.data)[2 * 5 * 40 - 1]), "poison in a workspace");
+  check(std::isnan(static_cast<float*>(workspace->residual.data)[2 * 5 * 40 - 1]),
+        "poison in a workspace");
 }
 
 void embedding(bool with_head) {
@@ -154,7 +175,8 @@ void embedding(bool with_head) {
   const std::vector<float> carried = normal(3 * d);
   const BlockRef block = backend.allocate(3 * d * 4);
   backend.upload(*block, 0, carried.data(), 3 * d * 4);
-  const Cell cells[] = {{.row_begin = 7, .row_count = 20}, {.row_begin = 27, .row_count = 30, .carried = block.get()}};
+  const Cell cells[] = {{.row_begin = 7, .row_count = 20},
+                        {.row_begin = 27, .row_count = 30, .carried = block.get()}};
   const Group group{.row_begin = 7, .row_count = 50, .rows = rows.data(), .cells = cells};
   std::vector<float> out(50 * d);
   backend.embed(group, {.data = out.data(), .width = d, .origin = 7});
@@ -162,7 +184,8 @@ void embedding(bool with_head) {
     const float* expected = of(weights, Matrix::sink).data();
     if (rows[i].source >= 0) expected = of(weights, Matrix::embedding).data() + rows[i].source * d;
     if (rows[i].source <= Row::kFirstMemory) {
-      expected = (i < 20 ? of(weights, Matrix::memory).data() : carried.data()) + (Row::kFirstMemory - rows[i].source) * d;
+      expected = (i < 20 ? of(weights, Matrix::memory).data() : carried.data()) +
+                 (Row::kFirstMemory - rows[i].source) * d;
     }
     for (int64_t c = 0; c < d; ++c) {
       const float sum = expected[c] + of(weights, Matrix::positions)[rows[i].position * d + c];
@@ -177,11 +200,13 @@ void logits(bool with_head) {
   const std::vector<float>& head = of(weights, with_head ? Matrix::head : Matrix::embedding);
   const std::vector<float> hidden = normal(9 * 40);
   std::vector<float> out(4 * 101);
-  backend.logits({.data = const_cast<float*>(hidden.data()), .width = 40, .origin = 3}, 2, 4, out.data());
+  backend.logits({.data = const_cast<float*>(hidden.data()), .width = 40, .origin = 3}, 2, 4,
+                 out.data());
   for (int64_t r = 0; r < 4; ++r) {
     for (int64_t v = 0; v < 101; ++v) {
       double expected = 0;
-      for (int64_t c = 0; c < 40; ++c) expected += double{hidden[(r + 2) * 40 + c]} * head[v * 40 + c];
+      for (int64_t c = 0; c < 40; ++c)
+        expected += double{hidden[(r + 2) * 40 + c]} * head[v * 40 + c];
       check_near(out[r * 101 + v], expected, 1e-5, "logits");
     }
   }
@@ -195,13 +220,15 @@ void linear_layers() {
   std::vector<float> out(20 * 70);
   const Rows from{.data = const_cast<float*>(in.data()), .width = 40, .origin = 5};
   const Rows to{.data = out.data(), .width = 70, .origin = 5};
-  const Group groups[] = {{.layer = 1, .row_begin = 5, .row_count = 9}, {.layer = 0, .row_begin = 14, .row_count = 11}};
+  const Group groups[] = {{.layer = 1, .row_begin = 5, .row_count = 9},
+                          {.layer = 0, .row_begin = 14, .row_count = 11}};
   backend.linear(Matrix::mlp_up, groups, from, to, Epilogue::activate);
   for (int64_t r = 0; r < 20; ++r) {
     const int64_t layer = r < 9 ? 1 : 0;
     const auto dot = [&](int64_t row) {
       double sum = of(weights, Vector::mlp_up_bias, layer)[row];
-      for (int64_t c = 0; c < 40; ++c) sum += double{in[r * 40 + c]} * of(weights, Matrix::mlp_up, layer)[row * 40 + c];
+      for (int64_t c = 0; c < 40; ++c)
+        sum += double{in[r * 40 + c]} * of(weights, Matrix::mlp_up, layer)[row * 40 + c];
       return sum;
     };
     for (int64_t c = 0; c < 70; ++c) {
@@ -222,12 +249,14 @@ void rows_back_and_forth() {
   const int64_t picked[] = {111, 100, 105};
   backend.gather(source, picked, target);
   for (int i = 0; i < 3; ++i) {
-    check(std::equal(&to[i * d], &to[i * d] + d, &from[(picked[i] - 100) * d]), "gathered row " + std::to_string(i));
+    check(std::equal(&to[i * d], &to[i * d] + d, &from[(picked[i] - 100) * d]),
+          "gathered row " + std::to_string(i));
   }
   const BlockRef block = backend.allocate(4 * d * 4);
   backend.save_rows(source, 6, 4, *block);
   backend.load_rows(*block, 4, {.data = back.data(), .width = d, .origin = 55}, 7);
-  check(std::equal(&back[7 * d], &back[11 * d], &from[6 * d]) && back[11 * d] == 0, "saved and loaded rows");
+  check(std::equal(&back[7 * d], &back[11 * d], &from[6 * d]) && back[11 * d] == 0,
+        "saved and loaded rows");
 }
 
 // Every group once, with scratch of its own that starts at the group's first row.
@@ -242,7 +271,9 @@ void groups(int64_t threads, int64_t count) {
     std::set<void*> busy;
     backend.run(*workspace, all, [&](Groups part, const Scratch& scratch) {
       check(part.size() == 1, "one group a call");
-      check(scratch.ff.origin == part[0].row_begin && scratch.ff.width == 70 && scratch.qkv.width == 80, "scratch");
+      check(scratch.ff.origin == part[0].row_begin && scratch.ff.width == 70 &&
+                scratch.qkv.width == 80,
+            "scratch");
       {
         const std::lock_guard lock(mutex);
         seen.insert(part[0].layer);
@@ -254,7 +285,8 @@ void groups(int64_t threads, int64_t count) {
       const std::lock_guard lock(mutex);
       busy.erase(scratch.hidden.data);
     });
-    check(std::ssize(seen) == count && std::ssize(std::set(seen.begin(), seen.end())) == count, "each group once");
+    check(std::ssize(seen) == count && std::ssize(std::set(seen.begin(), seen.end())) == count,
+          "each group once");
   }
   throws<StateError>("stop here", [&] {
     backend.run(*workspace, all, [](Groups part, const Scratch&) {

@@ -36,9 +36,12 @@ double activation(ActivationKind kind, double x) {
   switch (kind) {
     case ActivationKind::gelu_tanh:
       return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case ActivationKind::gelu_erf: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-    case ActivationKind::silu: return x / (1 + std::exp(-x));
-    case ActivationKind::relu: return std::max(x, 0.0);
+    case ActivationKind::gelu_erf:
+      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+    case ActivationKind::silu:
+      return x / (1 + std::exp(-x));
+    case ActivationKind::relu:
+      return std::max(x, 0.0);
   }
   return NAN;
 }
@@ -48,8 +51,8 @@ struct Problem {
   bool bf16 = false, gated = false, transposed = false;
   Finish finish = {};
   std::string name() const {
-    return "m " + std::to_string(m) + " n " + std::to_string(n) + " k " + std::to_string(k) + (bf16 ? " bf16" : "") +
-           (gated ? " gated" : "") + (transposed ? " transposed" : "");
+    return "m " + std::to_string(m) + " n " + std::to_string(n) + " k " + std::to_string(k) +
+           (bf16 ? " bf16" : "") + (gated ? " gated" : "") + (transposed ? " transposed" : "");
   }
 };
 
@@ -69,28 +72,34 @@ Product make_product(const Problem& problem, const Kernels& kernels, ThreadPool&
   product.bias = normal(rows);
   product.before = normal(problem.m * product.ld_out);
   for (int64_t r = 0; r < problem.m; ++r) {
-    for (int64_t c = problem.n; c < product.ld_out; ++c) product.before[r * product.ld_out + c] = kFence;
+    for (int64_t c = problem.n; c < product.ld_out; ++c)
+      product.before[r * product.ld_out + c] = kFence;
   }
   HostMatrix matrix{product.weights.data(), DType::f32, rows, problem.k, problem.k, 1};
   std::vector<float> turned(product.weights.size());
   if (problem.transposed) {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < problem.k; ++c) turned[c * rows + r] = product.weights[r * problem.k + c];
+      for (int64_t c = 0; c < problem.k; ++c)
+        turned[c * rows + r] = product.weights[r * problem.k + c];
     }
     matrix = {turned.data(), DType::f32, rows, problem.k, 1, rows};
   }
   product.packed = pack(matrix, kernels.panel, problem.bf16, problem.gated, pool);
-  if (problem.bf16) std::transform(product.weights.begin(), product.weights.end(), product.weights.begin(), rounded_to_bf16);
+  if (problem.bf16)
+    std::transform(product.weights.begin(), product.weights.end(), product.weights.begin(),
+                   rounded_to_bf16);
   return product;
 }
 
-std::vector<float> multiplied(const Problem& problem, const Product& product, const Kernels& kernels, ThreadPool& pool,
-                              int64_t first = 0, int64_t count = -1) {
+std::vector<float> multiplied(const Problem& problem, const Product& product,
+                              const Kernels& kernels, ThreadPool& pool, int64_t first = 0,
+                              int64_t count = -1) {
   std::vector<float> out = product.before;
   Finish finish = problem.finish;
   finish.bias = product.bias.data();
-  multiply(pool, kernels, product.packed, finish, product.in.data() + first * product.ld_in, product.ld_in,
-           count < 0 ? problem.m : count, out.data() + first * product.ld_out, product.ld_out, 0, problem.n);
+  multiply(pool, kernels, product.packed, finish, product.in.data() + first * product.ld_in,
+           product.ld_in, count < 0 ? problem.m : count, out.data() + first * product.ld_out,
+           product.ld_out, 0, problem.n);
   return out;
 }
 
@@ -101,7 +110,8 @@ struct Sum {
 Sum dot(const Product& product, int64_t row, int64_t column, int64_t k) {
   Sum sum{product.bias[column], std::abs(product.bias[column])};
   for (int64_t i = 0; i < k; ++i) {
-    const double term = double{product.in[row * product.ld_in + i]} * product.weights[column * k + i];
+    const double term =
+        double{product.in[row * product.ld_in + i]} * product.weights[column * k + i];
     sum.value += term;
     sum.size += std::abs(term);
   }
@@ -114,7 +124,8 @@ void check_product(const Problem& problem, const Kernels& kernels, ThreadPool& p
   const double unit = 1.2e-7 * (2 + std::sqrt(static_cast<double>(problem.k)));
   for (int64_t r = 0; r < problem.m; ++r) {
     for (int64_t c = 0; c < product.ld_out; ++c) {
-      const float found = out[r * product.ld_out + c], before = product.before[r * product.ld_out + c];
+      const float found = out[r * product.ld_out + c],
+                  before = product.before[r * product.ld_out + c];
       if (c >= problem.n) {
         check(found == kFence, problem.name() + " wrote past column " + std::to_string(c));
         continue;
@@ -132,7 +143,8 @@ void check_product(const Problem& problem, const Kernels& kernels, ThreadPool& p
       }
       if (problem.finish.add) sum.value += before;
       check_near(found, sum.value, tolerance + 2e-7 * std::abs(sum.value),
-                 std::string(kernels.name) + " " + problem.name() + " at " + std::to_string(r) + ", " + std::to_string(c));
+                 std::string(kernels.name) + " " + problem.name() + " at " + std::to_string(r) +
+                     ", " + std::to_string(c));
     }
   }
 }
@@ -176,15 +188,16 @@ void rows_do_not_depend_on_company(const Kernels& kernels) {
       Problem problem{131, 333, 700, bf16, gated, false, finish_of(gated ? 4 : 3)};
       const Product product = make_product(problem, kernels, one);
       const std::vector<float> all = multiplied(problem, product, kernels, one);
-      check(std::memcmp(all.data(), multiplied(problem, product, kernels, two).data(), all.size() * 4) == 0,
+      check(std::memcmp(all.data(), multiplied(problem, product, kernels, two).data(),
+                        all.size() * 4) == 0,
             "threads: " + problem.name());
       for (int64_t piece = 1; piece <= 24; ++piece) {
         for (int64_t first = 0; first + piece <= problem.m; first += piece) {
           const std::vector<float> part = multiplied(problem, product, kernels, two, first, piece);
           const int64_t from = first * product.ld_out;
           check(std::memcmp(&all[from], &part[from], piece * product.ld_out * 4) == 0,
-                std::string(kernels.name) + " rows " + std::to_string(first) + " + " + std::to_string(piece) + " of " +
-                    problem.name());
+                std::string(kernels.name) + " rows " + std::to_string(first) + " + " +
+                    std::to_string(piece) + " of " + problem.name());
         }
       }
     }
@@ -196,15 +209,17 @@ void column_ranges(const Kernels& kernels) {
   Problem problem{17, 300, 64};
   const Product product = make_product(problem, kernels, two);
   const std::vector<float> all = multiplied(problem, product, kernels, two);
-  for (const auto& [c0, c1] : {std::pair<int64_t, int64_t>{0, 100}, {100, 300}, {37, 38}, {255, 300}}) {
+  for (const auto& [c0, c1] :
+       {std::pair<int64_t, int64_t>{0, 100}, {100, 300}, {37, 38}, {255, 300}}) {
     std::vector<float> out = product.before;
     Finish finish;
     finish.bias = product.bias.data();
-    multiply(two, kernels, product.packed, finish, product.in.data(), product.ld_in, problem.m, out.data(), product.ld_out,
-             c0, c1);
+    multiply(two, kernels, product.packed, finish, product.in.data(), product.ld_in, problem.m,
+             out.data(), product.ld_out, c0, c1);
     for (int64_t r = 0; r < problem.m; ++r) {
       const int64_t at = r * product.ld_out;
-      check(std::memcmp(&all[at + c0], &out[at + c0], (c1 - c0) * 4) == 0, "columns from " + std::to_string(c0));
+      check(std::memcmp(&all[at + c0], &out[at + c0], (c1 - c0) * 4) == 0,
+            "columns from " + std::to_string(c0));
       check(out[at + problem.n] == kFence, "columns: fence");
     }
   }
@@ -218,7 +233,8 @@ void packed_rows(const Kernels& kernels) {
     std::vector<float> row(problem.k);
     for (int64_t r = 0; r < problem.n; ++r) {
       unpack_row(product.packed, r, row.data());
-      check(std::equal(row.begin(), row.end(), product.weights.begin() + r * problem.k), "row " + std::to_string(r));
+      check(std::equal(row.begin(), row.end(), product.weights.begin() + r * problem.k),
+            "row " + std::to_string(r));
     }
   }
 }
@@ -231,7 +247,8 @@ void conversions() {
   const Buffer brain = plain_rows({bits.data(), DType::bf16, 256, 256, 256, 1});
   for (int i = 0; i < 65536; ++i) {
     const int exponent = i >> 10 & 31, fraction = i & 1023;
-    double expected = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+    double expected =
+        exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
     if (exponent == 31) expected = fraction == 0 ? INFINITY : NAN;
     check_near(half.floats()[i], i >> 15 ? -expected : expected, 0, "half " + std::to_string(i));
     uint32_t wide;
@@ -243,7 +260,8 @@ void conversions() {
 void exponent(const Kernels& kernels) {
   std::vector<float> inputs;
   for (double x = -110; x < 95; x += 0.00137) inputs.push_back(static_cast<float>(x));
-  for (float x : {0.0f, -0.0f, -87.3365f, -87.33654f, -87.4f, 88.7228f, 88.72283f, 88.72284f, 88.8f, 1e30f, -1e30f, 1e-30f}) {
+  for (float x : {0.0f, -0.0f, -87.3365f, -87.33654f, -87.4f, 88.7228f, 88.72283f, 88.72284f, 88.8f,
+                  1e30f, -1e30f, 1e-30f}) {
     inputs.push_back(x);
   }
   std::vector<float> values = inputs;
@@ -253,7 +271,8 @@ void exponent(const Kernels& kernels) {
     const double expected = std::exp(double{inputs[i]});
     if (expected < std::numeric_limits<float>::min()) {
       check_near(values[i], 0, 1.2e-38, "exp(" + std::to_string(inputs[i]) + ")");
-      if (inputs[i] < -87.34f) check(values[i] == 0, "exp underflow at " + std::to_string(inputs[i]));
+      if (inputs[i] < -87.34f)
+        check(values[i] == 0, "exp underflow at " + std::to_string(inputs[i]));
       continue;
     }
     const auto rounded = static_cast<float>(expected);
@@ -268,7 +287,9 @@ void exponent(const Kernels& kernels) {
   check(worst <= 2, "exp is more than 2 ulp off");
   float special[] = {-INFINITY, INFINITY, NAN, -NAN};
   kernels.exponent(special, 4);
-  check(special[0] == 0 && std::isinf(special[1]) && std::isnan(special[2]) && std::isnan(special[3]), "exp of specials");
+  check(
+      special[0] == 0 && std::isinf(special[1]) && std::isnan(special[2]) && std::isnan(special[3]),
+      "exp of specials");
 }
 
 void activations(const Kernels& kernels) {
@@ -289,7 +310,8 @@ void activations(const Kernels& kernels) {
     float nan = NAN;
     kernels.activate(static_cast<ActivationKind>(kind), &nan, 1);
     check(std::isnan(nan), "activation " + std::to_string(kind) + " of NaN");
-    std::printf("%s: activation %d off by at most %.2g, absolute or relative\n", kernels.name, kind, worst);
+    std::printf("%s: activation %d off by at most %.2g, absolute or relative\n", kernels.name, kind,
+                worst);
   }
 }
 
@@ -306,14 +328,18 @@ void norms(const Kernels& kernels) {
       kernels.layer_norm(x.data(), y.data(), n, weight.data(), b, 1e-5f);
       // The mean itself can't be better than float32: an error of 30 * 2^-24 in each centred value.
       for (int64_t i = 0; i < n; ++i) {
-        const double expected = (x[i] - mean) / std::sqrt(variance + 1e-5) * weight[i] + (with_bias ? bias[i] : 0.0);
-        check_near(y[i], expected, (n == 1 ? 1e-3 : 4e-6 / std::sqrt(variance)) * std::abs(weight[i]) + 1e-6,
+        const double expected =
+            (x[i] - mean) / std::sqrt(variance + 1e-5) * weight[i] + (with_bias ? bias[i] : 0.0);
+        check_near(y[i], expected,
+                   (n == 1 ? 1e-3 : 4e-6 / std::sqrt(variance)) * std::abs(weight[i]) + 1e-6,
                    "layer norm of " + std::to_string(n));
       }
       kernels.rms_norm(x.data(), y.data(), n, weight.data(), b, 1e-5f);
       for (int64_t i = 0; i < n; ++i) {
-        const double expected = x[i] / std::sqrt(squares + 1e-5) * weight[i] + (with_bias ? bias[i] : 0.0);
-        check_near(y[i], expected, 4e-7 * (std::abs(expected) + 3), "rms norm of " + std::to_string(n));
+        const double expected =
+            x[i] / std::sqrt(squares + 1e-5) * weight[i] + (with_bias ? bias[i] : 0.0);
+        check_near(y[i], expected, 4e-7 * (std::abs(expected) + 3),
+                   "rms norm of " + std::to_string(n));
       }
       check(y[n] == kFence, "norm: fence");
     }

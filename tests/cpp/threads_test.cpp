@@ -1,4 +1,6 @@
 // The thread pool under stress: many tiny jobs, exceptions, concurrent and nested callers.
+#include "cpu/threads.h"
+
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -7,7 +9,6 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/threads.h"
 
 namespace {
 
@@ -16,7 +17,8 @@ using armt::cpu::ThreadPool;
 void every_index_once(ThreadPool& pool, int64_t count) {
   std::vector<int> seen(count);
   pool.parallel_for(count, [&](int64_t i) { ++seen[i]; });
-  for (int64_t i = 0; i < count; ++i) check(seen[i] == 1, "index " + std::to_string(i) + " of " + std::to_string(count));
+  for (int64_t i = 0; i < count; ++i)
+    check(seen[i] == 1, "index " + std::to_string(i) + " of " + std::to_string(count));
 }
 
 void tiny_jobs(int threads) {
@@ -32,7 +34,8 @@ void tiny_jobs(int threads) {
   check(total == 0, "tiny jobs' sum");
 }
 
-// Index 0 waits for index 1: that ends only if two threads take part, also after they have gone to sleep.
+// Index 0 waits for index 1: that ends only if two threads take part, also after they have gone to
+// sleep.
 void two_at_once() {
   ThreadPool pool(2);
   for (int pause : {0, 0, 20, 0, 20}) {
@@ -89,7 +92,8 @@ void nested() {
   ThreadPool pool(3);
   for (int job = 0; job < 500; ++job) {
     std::vector<std::vector<int>> seen(9, std::vector<int>(11));
-    pool.parallel_for(9, [&](int64_t i) { pool.parallel_for(11, [&](int64_t j) { ++seen[i][j]; }); });
+    pool.parallel_for(9,
+                      [&](int64_t i) { pool.parallel_for(11, [&](int64_t j) { ++seen[i][j]; }); });
     for (const auto& row : seen) {
       for (int count : row) check(count == 1, "nested index");
     }

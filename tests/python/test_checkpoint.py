@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from armt.checkpoint import load_checkpoint
 from armt.errors import CheckpointError, InvalidArgument
 from canonical import assert_reads, stored_values
@@ -253,7 +254,7 @@ def test_sharded_pickles(tmp_path: Path) -> None:
     spec = random_model()
     spec.save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for k in range(2):
         part = {name: spec.weights[name] for name in sorted(spec.weights)[k::2]}
         save_pickle(tmp_path / f"part-{k}.bin", part)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from armt._core import SafetensorsFile
 from armt.checkpoint import Checkpoint, describe, export_folder, load_checkpoint
 from armt.checkpoint.arrays import from_float32, to_float32
@@ -232,6 +233,7 @@ def edit(folder: Path, path: str, value: Any) -> None:
     ("path", "value", "expected"),
     [
         ("format", "armt-2", "another version"),
+        ("decoder", None, "decoder: found NoneType"),
         ("decoder.d_model", "24", "decoder.d_model: found '24'"),
         ("decoder.n_layers", 10**9, "decoder.n_layers"),
         ("decoder.norm", "batch", "expected one of layer, rms"),

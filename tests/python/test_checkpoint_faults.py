@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from armt.checkpoint import load_checkpoint
 from armt.errors import CheckpointError
 from checkpoint_files import hub_config, save_hub, write_index

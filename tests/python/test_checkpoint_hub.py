@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from armt.checkpoint import load_checkpoint
 from armt.errors import CheckpointError
 from canonical import assert_reads
@@ -101,7 +102,10 @@ def test_base_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [None, "meta-llama/Llama-3.2-1B"])
 def test_a_base_model_by_name_needs_its_configuration(tmp_path: Path, given: str | None) -> None:
     spec = random_model(base="llama", dialect="modern")
-    changes = {"base_model_name": "meta-llama/Llama-3.2-1B", "base_model_config": given}
+    changes: dict[str, Any] = {
+        "base_model_name": "meta-llama/Llama-3.2-1B",
+        "base_model_config": given,
+    }
     folder = save_hub(tmp_path, spec, **changes)
     with pytest.raises(CheckpointError, match=r"meta-llama/Llama-3.2-1B.*pass base_model="):
         load_checkpoint(folder)
@@ -151,7 +155,7 @@ def with_lora(
     spec: RandomModel, names: list[str], *, r: int, scale: float
 ) -> tuple[RandomModel, dict[str, Array]]:
     """The model with merged weights, and the A and B matrices (``<module>.A``, ``.B``)."""
-    weights, pairs = dict(spec.weights), {}
+    weights, pairs = dict(spec.weights), dict[str, Array]()
     for seed, module in enumerate(names):
         a, b = lora_pair(spec, module, r, seed=seed)
         delta = lora_orientation(spec, scale * b @ a)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import armt
 import pytest
+
+import armt
 from armt.cli.app import run
 from armt.cli.output import one_line, size, whole_file
 from armt.demo.story import material
@@ -76,7 +77,7 @@ def test_starting_imports_nothing_heavy() -> None:
     ("arguments", "code", "message"),
     [
         (["fly"], 2, "fly"),
-        (["demo", "--tokens", "many"], 2, "many"),
+        (["demo", "--tokens", "many"], 2, "--tokens"),
         (["demo", "--tokens", "5"], 2, "1000"),
         (["demo", "--device", "abacus"], 1, "abacus"),
         (["demo", "--dtype", "int3"], 1, "int3"),
@@ -144,7 +145,7 @@ def test_demo(invoke: Invoke) -> None:
     code, out, err = invoke("demo", "--tokens", 8000, "--questions", 6, "--device", "cpu")
     assert code == 0 and out.count("Where is") == 6
     assert "6 of 6 right" in out or "5 of 6 right" in out
-    assert "tokens/s" in out and "cpu" in out and "float32" in out
+    assert "tokens/s" in out and "CPU" in out and "float32" in out
     assert err.count("\n") == 1, "a progress bar in a pipe"
     code, out, err = invoke("demo", "--tokens", 8000, "--questions", 6, "--json")
     found = json.loads(out)
@@ -175,7 +176,7 @@ def test_run_answers_from_a_file(invoke: Invoke, book: Path) -> None:
     ask = ["--ask", "Where is Mary?", "--ask", "Where is John?"]
     code, out, err = invoke("run", "demo", book, *ask)
     assert code == 0 and out == "> Where is Mary?\noffice\n> Where is John?\ngarden\n"
-    assert "cpu" in err and "float32" in err and "tokens/s" in err
+    assert "CPU" in err and "float32" in err and "tokens/s" in err
     code, out, err = invoke("run", "demo", book, *ask, "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
@@ -271,7 +272,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     os.close(read)
     process = subprocess.run([*ARMT, "info", "demo"], stdout=write, stderr=-1, check=False)
     os.close(write)
-    assert process.returncode == 141 and process.stderr == b""
+    assert process.returncode == 1 and process.stderr == b""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from armt._core import SafetensorsFile
 from armt.errors import CheckpointError
 from reference.safetensors import write_safetensors

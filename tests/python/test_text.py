@@ -11,13 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import armt
 import numpy as np
 import pytest
-from armt import text as armt_text
-from armt.text import StreamDecoder, TextSettings, Tokenizer, collapse_white_space, open_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import armt
+from armt import text as armt_text
+from armt.text import StreamDecoder, TextSettings, Tokenizer, collapse_white_space, open_text
 
 tokenizers = pytest.importorskip("tokenizers", reason='needs the extra "text"')
 

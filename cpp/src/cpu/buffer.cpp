@@ -17,7 +17,9 @@ void* aligned_allocate(int64_t bytes) {
                     " bytes; use a smaller model or batch, bfloat16 weights, or fewer streams");
 }
 
-void aligned_release(void* data) noexcept { ::operator delete(data, kAlignment); }
+void aligned_release(void* data) noexcept {
+  ::operator delete(data, kAlignment);
+}
 
 float* thread_scratch(Slot slot, int64_t floats) {
   thread_local Buffer buffers[static_cast<size_t>(Slot::count)];

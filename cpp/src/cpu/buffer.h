@@ -35,8 +35,9 @@ class Buffer {
   int64_t bytes_ = 0;
 };
 
-// Scratch of the calling thread, at least `floats` floats, contents undefined. It grows and stays until the thread
-// ends; one user for each slot, and never across a nested call that uses the same slot.
+// Scratch of the calling thread, at least `floats` floats, contents undefined. It grows and stays
+// until the thread ends; one user for each slot, and never across a nested call that uses the same
+// slot.
 enum class Slot : uint8_t { gemm, attention, association, rotary, other, count };
 float* thread_scratch(Slot slot, int64_t floats);
 

@@ -50,8 +50,8 @@ class CpuBackend : public Backend {
   void memory_read(Groups groups, const Rows& x) override;
   void memory_write(Groups groups, const Rows& x) override;
   void norm(Vector which, Groups groups, const Rows& in, const Rows& out) override;
-  void linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0 = 0,
-              int64_t c1 = -1) override;
+  void linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue,
+              int64_t c0 = 0, int64_t c1 = -1) override;
   void rotate_queries(Groups groups, const Rows& qkv) override;
   void store_kv(Groups groups, const Rows& qkv) override;
   void attend(Groups groups, const Rows& qkv, const Rows& context) override;
@@ -61,7 +61,8 @@ class CpuBackend : public Backend {
   void save_rows(const Rows& from, int64_t first, int64_t count, Block& to) override;
   void load_rows(const Block& from, int64_t count, const Rows& to, int64_t first) override;
 
-  // Fills allocated blocks and workspaces with NaN, so that a test sees a value that was never written.
+  // Fills allocated blocks and workspaces with NaN, so that a test sees a value that was never
+  // written.
   void set_poison(bool on) { poison_ = on; }
 
   const ModelConfig& config() const { return config_; }
@@ -70,10 +71,10 @@ class CpuBackend : public Backend {
   const PackedMatrix& matrix(Matrix which, int64_t layer) const;
   const float* vector(Vector which, int64_t layer) const;  // null: this model has none
 
-  // Dense rows of the caller: out[r, c0:c1] = finish(in[r] W^T), r < rows; finish.gated and .activation are set here.
-  // Uses the pool, or runs inline inside a job of the pool.
-  void project(const PackedMatrix& weights, Finish finish, const float* in, int64_t ld_in, int64_t rows, float* out,
-               int64_t ld_out, int64_t c0 = 0, int64_t c1 = -1);
+  // Dense rows of the caller: out[r, c0:c1] = finish(in[r] W^T), r < rows; finish.gated and
+  // .activation are set here. Uses the pool, or runs inline inside a job of the pool.
+  void project(const PackedMatrix& weights, Finish finish, const float* in, int64_t ld_in,
+               int64_t rows, float* out, int64_t ld_out, int64_t c0 = 0, int64_t c1 = -1);
 
  private:
   struct LayerWeights {
@@ -95,10 +96,12 @@ class CpuBackend : public Backend {
 
   // ---- attention, rotary, association: private members and helpers, begin
   float score_scale(int64_t layer) const;
-  // [RMS norm with weights `norm`, unless null] and rotation of `heads` heads that lie one after another, in place.
+  // [RMS norm with weights `norm`, unless null] and rotation of `heads` heads that lie one after
+  // another, in place.
   void turn_heads(const float* norm, int64_t position, int64_t heads, float* x);
   // Keys and values of rows begin .. begin+count-1 of the cell's current cache.
-  void store_rows(const Group& group, const Cell& cell, const Rows& qkv, int64_t begin, int64_t count);
+  void store_rows(const Group& group, const Cell& cell, const Rows& qkv, int64_t begin,
+                  int64_t count);
 
   const RotaryTable rotary_{config_};
   // ---- attention, rotary, association: end

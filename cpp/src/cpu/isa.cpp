@@ -44,8 +44,8 @@ const Kernels& kernels_for(const std::string& isa) {
     if (isa == kernels->name) return *kernels;
     names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
   }
-  throw InvalidArgument("isa: found '" + isa + "', expected one that this processor can run: " + names +
-                        "; leave it empty to take the best");
+  throw InvalidArgument("isa: found '" + isa + "', expected one that this processor can run: " +
+                        names + "; leave it empty to take the best");
 }
 
 std::vector<std::string> available_isas() {

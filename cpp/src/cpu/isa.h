@@ -8,8 +8,8 @@
 
 namespace armt::cpu {
 
-// "" = the best available; "baseline", "avx2", "avx512". Throws InvalidArgument for a name that is unknown or that this
-// processor can't run.
+// "" = the best available; "baseline", "avx2", "avx512". Throws InvalidArgument for a name that is
+// unknown or that this processor can't run.
 const Kernels& kernels_for(const std::string& isa);
 std::vector<std::string> available_isas();  // from the least to the best
 

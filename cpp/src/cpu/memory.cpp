@@ -8,7 +8,9 @@ namespace armt::cpu {
 namespace {
 
 // All ones: a NaN in every element.
-void poison(void* data, int64_t bytes) { std::memset(data, 0xff, static_cast<size_t>(bytes)); }
+void poison(void* data, int64_t bytes) {
+  std::memset(data, 0xff, static_cast<size_t>(bytes));
+}
 
 Buffer make_rows(Rows& rows, int64_t width, int64_t count, bool poisoned) {
   Buffer buffer(std::max<int64_t>(1, width * count) * static_cast<int64_t>(sizeof(float)));
@@ -40,7 +42,8 @@ std::unique_ptr<ScratchRows> make_scratch(const ModelConfig& config, int64_t row
 // Scratch taken from the workspace's idle ones, given back at the end of the scope.
 class ScratchLease {
  public:
-  ScratchLease(CpuWorkspace& workspace, const ModelConfig& config, bool poisoned) : workspace_(workspace) {
+  ScratchLease(CpuWorkspace& workspace, const ModelConfig& config, bool poisoned)
+      : workspace_(workspace) {
     {
       const std::lock_guard lock(workspace.mutex);
       if (!workspace.idle.empty()) {
@@ -111,8 +114,8 @@ void CpuBackend::run(Workspace& workspace, Groups groups,
     body(Groups(&group, 1), lease.from(group.row_begin));
   };
   const int64_t count = std::ssize(groups);
-  // A group for each thread, operations inline, needs no meeting of threads inside the group. With too few groups for
-  // that the threads share each operation instead.
+  // A group for each thread, operations inline, needs no meeting of threads inside the group. With
+  // too few groups for that the threads share each operation instead.
   if (count * 4 >= pool_.threads() * 3) {
     pool_.parallel_for(count, run_group);
   } else {

@@ -1,6 +1,7 @@
-// Vectors of the instruction set that this file is compiled for, in compiler vector extensions. Only isa_*.cpp and
-// kernels/*.h include it: everything lives in the namespace of one instruction set, so that the linker can never merge
-// code compiled with different flags. For the same reason no std:: templates here.
+// Vectors of the instruction set that this file is compiled for, in compiler vector extensions.
+// Only isa_*.cpp and kernels/*.h include it: everything lives in the namespace of one instruction
+// set, so that the linker can never merge code compiled with different flags. For the same reason
+// no std:: templates here.
 #pragma once
 
 #include <cstdint>
@@ -39,11 +40,19 @@ typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
 typedef float vf_unaligned __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 
-static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t min_of(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
-static inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
-static inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
-static inline vf splat(float x) { return x - vf{}; }
+static inline vf load(const float* p) {
+  return *reinterpret_cast<const vf_unaligned*>(p);
+}
+static inline void store(float* p, vf x) {
+  *reinterpret_cast<vf_unaligned*>(p) = x;
+}
+static inline vf splat(float x) {
+  return x - vf{};
+}
 
 // bfloat16 weights widened to fp32.
 static inline vf load(const uint16_t* p) {
@@ -75,9 +84,15 @@ static inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-static inline vf select(vi condition, vf yes, vf no) { return condition ? yes : no; }
-static inline vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
-static inline vf min(vf a, vf b) { return a < b ? a : b; }
+static inline vf select(vi condition, vf yes, vf no) {
+  return condition ? yes : no;
+}
+static inline vf max(vf a, vf b) {
+  return a > b ? a : b;
+}  // b where either is NaN
+static inline vf min(vf a, vf b) {
+  return a < b ? a : b;
+}
 
 static inline vf sqrt(vf x) {
   vf y;

@@ -1,9 +1,12 @@
 // A small thread pool in which the caller takes part.
 //
 // * Results never depend on it: a job is a set of independent indices.
-// * A call from inside a job, or while another caller's job runs, does its indices in the calling thread.
-// * Workers start with the first job that can use them; between jobs they spin for some microseconds, then sleep.
-// * After fork() the child has no workers: its jobs run in the calling thread, and it must leave with _exit or exec.
+// * A call from inside a job, or while another caller's job runs, does its indices in the calling
+// thread.
+// * Workers start with the first job that can use them; between jobs they spin for some
+// microseconds, then sleep.
+// * After fork() the child has no workers: its jobs run in the calling thread, and it must leave
+// with _exit or exec.
 #pragma once
 
 #include <atomic>
@@ -18,15 +21,16 @@ namespace armt::cpu {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int64_t threads);  // 0: as many as the process may use; the caller counts as one
+  explicit ThreadPool(
+      int64_t threads);  // 0: as many as the process may use; the caller counts as one
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int64_t threads() const { return threads_; }
 
-  // fn(i) for i = 0 .. count-1, in any order and by several threads. The first exception thrown is thrown here;
-  // indices not begun by then may be left out.
+  // fn(i) for i = 0 .. count-1, in any order and by several threads. The first exception thrown is
+  // thrown here; indices not begun by then may be left out.
   template <class Fn>
   void parallel_for(int64_t count, Fn&& fn) {
     if (count <= 1 || threads_ == 1) {
@@ -34,11 +38,13 @@ class ThreadPool {
       return;
     }
     using Body = std::remove_reference_t<Fn>;
-    run(count, [](void* body, int64_t i) { (*static_cast<Body*>(body))(i); },
+    run(
+        count, [](void* body, int64_t i) { (*static_cast<Body*>(body))(i); },
         const_cast<void*>(static_cast<const void*>(&fn)));
   }
 
-  // fn(begin, end) over pieces of [0, count) of at least `grain` indices, a few pieces for each thread.
+  // fn(begin, end) over pieces of [0, count) of at least `grain` indices, a few pieces for each
+  // thread.
   template <class Fn>
   void parallel_ranges(int64_t count, int64_t grain, Fn&& fn) {
     const int64_t pieces = pieces_of(count, grain);
@@ -61,17 +67,19 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::atomic<bool> busy_{false};
 
-  // The job. Written by its caller while no index is out; read only by a thread that holds an index.
+  // The job. Written by its caller while no index is out; read only by a thread that holds an
+  // index.
   Body body_ = nullptr;
   void* context_ = nullptr;
   std::exception_ptr failure_;
   std::mutex failure_mutex_;
   std::atomic<bool> failed_{false};
 
-  // generation | count | next index in one word: a late worker can't take an index of one job for another.
+  // generation | count | next index in one word: a late worker can't take an index of one job for
+  // another.
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int32_t> finished_{0};  // indices done
-  alignas(64) std::atomic<int32_t> epoch_{0};     // grows with every job; sleeping workers wait on it
+  alignas(64) std::atomic<int32_t> epoch_{0};  // grows with every job; sleeping workers wait on it
   std::atomic<bool> stop_{false};
 };
 

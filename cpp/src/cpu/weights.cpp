@@ -28,8 +28,12 @@ struct Half {
   uint16_t bits;
 };
 
-float widen(float value) { return value; }
-float widen(Bf16 value) { return from_bits(uint32_t{value.bits} << 16); }
+float widen(float value) {
+  return value;
+}
+float widen(Bf16 value) {
+  return from_bits(uint32_t{value.bits} << 16);
+}
 
 // Exact; subnormal halves by scaling with 2^-24.
 float widen(Half value) {
@@ -50,22 +54,30 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-void put(float value, float* at) { *at = value; }
-void put(float value, uint16_t* at) { *at = to_bf16(value); }
+void put(float value, float* at) {
+  *at = value;
+}
+void put(float value, uint16_t* at) {
+  *at = to_bf16(value);
+}
 
 // Calls fn with a null pointer of the matrix's element type.
 template <class Fn>
 void with_element(DType dtype, Fn&& fn) {
   switch (dtype) {
-    case DType::f32: return fn(static_cast<const float*>(nullptr));
-    case DType::bf16: return fn(static_cast<const Bf16*>(nullptr));
-    case DType::f16: return fn(static_cast<const Half*>(nullptr));
+    case DType::f32:
+      return fn(static_cast<const float*>(nullptr));
+    case DType::bf16:
+      return fn(static_cast<const Bf16*>(nullptr));
+    case DType::f16:
+      return fn(static_cast<const Half*>(nullptr));
   }
 }
 
 // Rows first .. first+count-1 of W as one panel [k][panel], zero padded.
 template <class Element, class Weight>
-void pack_panel(const HostMatrix& matrix, int64_t first, int64_t count, int64_t panel, Weight* out) {
+void pack_panel(const HostMatrix& matrix, int64_t first, int64_t count, int64_t panel,
+                Weight* out) {
   const auto* from = static_cast<const Element*>(matrix.data) + first * matrix.row_stride;
   for (int64_t k = 0; k < matrix.cols; ++k) {
     for (int64_t lane = 0; lane < count; ++lane) {
@@ -89,7 +101,8 @@ void pack_all(const HostMatrix& from, PackedMatrix& to, ThreadPool& pool) {
 
 }  // namespace
 
-PackedMatrix pack(const HostMatrix& matrix, int64_t panel, bool bf16, bool gated, ThreadPool& pool) {
+PackedMatrix pack(const HostMatrix& matrix, int64_t panel, bool bf16, bool gated,
+                  ThreadPool& pool) {
   PackedMatrix packed;
   packed.n = matrix.rows;
   packed.k = matrix.cols;
@@ -125,7 +138,8 @@ Buffer plain_rows(const HostMatrix& matrix) {
     const auto* from = static_cast<const Element*>(matrix.data);
     for (int64_t r = 0; r < matrix.rows; ++r) {
       for (int64_t c = 0; c < matrix.cols; ++c) {
-        rows.floats()[r * matrix.cols + c] = widen(from[r * matrix.row_stride + c * matrix.col_stride]);
+        rows.floats()[r * matrix.cols + c] =
+            widen(from[r * matrix.row_stride + c * matrix.col_stride]);
       }
     }
   });
@@ -133,16 +147,18 @@ Buffer plain_rows(const HostMatrix& matrix) {
 }
 
 const char* name_of(Matrix which) {
-  constexpr const char* kNames[] = {"qkv",      "attn_out", "mlp_up", "mlp_down",  "mem_query", "mem_key", "mem_value",
-                                    "mem_gate", "head",     "embedding", "positions", "memory",    "sink"};
+  constexpr const char* kNames[] = {"qkv",       "attn_out",  "mlp_up",   "mlp_down", "mem_query",
+                                    "mem_key",   "mem_value", "mem_gate", "head",     "embedding",
+                                    "positions", "memory",    "sink"};
   static_assert(std::size(kNames) == static_cast<size_t>(Matrix::count));
   return kNames[static_cast<size_t>(which)];
 }
 
 const char* name_of(Vector which) {
-  constexpr const char* kNames[] = {"qkv_bias",    "attn_out_bias", "mlp_up_bias", "mlp_down_bias", "mem_gate_bias",
-                                    "norm1",       "norm1_bias",    "norm2",       "norm2_bias",    "q_norm",
-                                    "k_norm",      "final_norm",    "final_norm_bias"};
+  constexpr const char* kNames[] = {
+      "qkv_bias", "attn_out_bias", "mlp_up_bias",    "mlp_down_bias", "mem_gate_bias",
+      "norm1",    "norm1_bias",    "norm2",          "norm2_bias",    "q_norm",
+      "k_norm",   "final_norm",    "final_norm_bias"};
   static_assert(std::size(kNames) == static_cast<size_t>(Vector::count));
   return kNames[static_cast<size_t>(which)];
 }
@@ -151,32 +167,51 @@ Shape expected_shape(Matrix which, const ModelConfig& config) {
   const DecoderConfig& decoder = config.decoder;
   const int64_t d = decoder.d_model, d_mem = config.memory.d_mem;
   switch (which) {
-    case Matrix::qkv: return {config.qkv_width(), d};
-    case Matrix::attn_out: return {d, config.query_width()};
-    case Matrix::mlp_up: return {decoder.gated_mlp ? 2 * decoder.d_ff : decoder.d_ff, d};
-    case Matrix::mlp_down: return {d, decoder.d_ff};
-    case Matrix::mem_query: return {d_mem, d};
-    case Matrix::mem_key: return {d_mem, d};
-    case Matrix::mem_value: return {d, d};
-    case Matrix::mem_gate: return {config.gate_rows(), d};
-    case Matrix::head: return {decoder.vocab_size, d};
-    case Matrix::embedding: return {decoder.vocab_size, d};
-    case Matrix::positions: return {decoder.learned_positions, d};
-    case Matrix::memory: return {config.memory.memory_tokens, d};
-    case Matrix::sink: return {1, d};
-    case Matrix::count: break;
+    case Matrix::qkv:
+      return {config.qkv_width(), d};
+    case Matrix::attn_out:
+      return {d, config.query_width()};
+    case Matrix::mlp_up:
+      return {decoder.gated_mlp ? 2 * decoder.d_ff : decoder.d_ff, d};
+    case Matrix::mlp_down:
+      return {d, decoder.d_ff};
+    case Matrix::mem_query:
+      return {d_mem, d};
+    case Matrix::mem_key:
+      return {d_mem, d};
+    case Matrix::mem_value:
+      return {d, d};
+    case Matrix::mem_gate:
+      return {config.gate_rows(), d};
+    case Matrix::head:
+      return {decoder.vocab_size, d};
+    case Matrix::embedding:
+      return {decoder.vocab_size, d};
+    case Matrix::positions:
+      return {decoder.learned_positions, d};
+    case Matrix::memory:
+      return {config.memory.memory_tokens, d};
+    case Matrix::sink:
+      return {1, d};
+    case Matrix::count:
+      break;
   }
   return {};
 }
 
 int64_t expected_size(Vector which, const ModelConfig& config) {
   switch (which) {
-    case Vector::qkv_bias: return config.qkv_width();
-    case Vector::mlp_up_bias: return expected_shape(Matrix::mlp_up, config).rows;
-    case Vector::mem_gate_bias: return config.gate_rows();
+    case Vector::qkv_bias:
+      return config.qkv_width();
+    case Vector::mlp_up_bias:
+      return expected_shape(Matrix::mlp_up, config).rows;
+    case Vector::mem_gate_bias:
+      return config.gate_rows();
     case Vector::q_norm:
-    case Vector::k_norm: return config.decoder.head_dim;
-    default: return config.decoder.d_model;
+    case Vector::k_norm:
+      return config.decoder.head_dim;
+    default:
+      return config.decoder.d_model;
   }
 }
 

@@ -9,8 +9,9 @@
 
 namespace armt::cpu {
 
-// W [n, k] as panels of `panel` rows: [panels][k][panel], zero padded, float or bfloat16 bits. With `gated` W is
-// [gate; up], each n / 2 rows, and panels alternate: gate rows 0..panel-1, up rows 0..panel-1, gate rows panel.. ...
+// W [n, k] as panels of `panel` rows: [panels][k][panel], zero padded, float or bfloat16 bits. With
+// `gated` W is [gate; up], each n / 2 rows, and panels alternate: gate rows 0..panel-1, up rows
+// 0..panel-1, gate rows panel.. ...
 struct PackedMatrix {
   int64_t n = 0, k = 0;
   int64_t panel = 0;

@@ -184,16 +184,17 @@ def _check_saved(modules: Any, replaced: set[str], fields: Fields) -> None:
 def _pattern_scale(fields: Fields, naming: Naming, problems: Problems) -> Scale:
     """Scale by module: rank_pattern and alpha_pattern override r and lora_alpha."""
     use_rslora = fields.flag("use_rslora")
+    usual_r, usual_alpha = fields.whole("r"), fields.number("lora_alpha")
     ranks, alphas = _patterns(fields, "rank_pattern"), _patterns(fields, "alpha_pattern")
 
     def scale(module: str, r: int) -> float:
         full = naming.official(module)
         said = _choose(ranks, full)
-        expected = said.whole("value") if said else fields.whole("r")
+        expected = said.whole("value") if said else usual_r
         if r != expected:
             problems.add(f"{full}: found LoRA of rank {r}, the adapter says {expected}")
         own = _choose(alphas, full)
-        alpha = own.number("value") if own else fields.number("lora_alpha")
+        alpha = own.number("value") if own else usual_alpha
         return scale_of(alpha, r, use_rslora=use_rslora)
 
     return scale

@@ -139,7 +139,8 @@ def _value(fields: Fields, name: str) -> Any:
 
 def is_native(config: Mapping[str, Any]) -> bool:
     """Whether config.json is of this format, in any version."""
-    return str(config.get("format", "")).startswith("armt-") and "decoder" in config
+    form = str(config.get("format", ""))
+    return form == FORMAT or (form.startswith("armt-") and "decoder" in config)
 
 
 def load_native(

@@ -14,6 +14,8 @@ from armt.cli import convert, demo, info
 from armt.cli import run as run_text
 from armt.cli.output import one_line, print_error
 
+INTERRUPTED = 128 + signal.SIGINT
+
 app = typer.Typer(
     name="armt",
     no_args_is_help=True,
@@ -54,15 +56,17 @@ def run(arguments: Sequence[str]) -> int:
     try:
         result = app(args=list(arguments), standalone_mode=False)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        print_error("interrupted", as_json=False)
-        return 128 + signal.SIGINT
+        result = INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone; Python would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 1
     except Exception as error:
         return _failed(error, as_json=as_json)
+    code = result if isinstance(result, int) else 0
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+        print_error("interrupted", as_json=False)
+    return code
 
 
 def _failed(error: Exception, *, as_json: bool) -> int:
@@ -71,9 +75,9 @@ def _failed(error: Exception, *, as_json: bool) -> int:
         if message := usage():
             print_error(f"{one_line(message)} (see armt --help)", as_json=as_json, kind="Usage")
         return int(getattr(error, "exit_code", 2))
-    if type(error).__name__ == "Abort":
+    if type(error).__name__ == "Abort":  # Ctrl-C in older releases of typer
         print_error("interrupted", as_json=False)
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     expected = (ValueError, OSError, RuntimeError, MemoryError)
     if not isinstance(error, expected) or os.environ.get("ARMT_TRACEBACK"):
         raise error

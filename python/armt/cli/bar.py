@@ -30,6 +30,7 @@ class ReadingBar:
             disable=not (shown and console.is_terminal),
         )
         self._task = self._bar.add_task(label, total=total, tokens=0, rate=0.0)
+        self._since = time.perf_counter()
         self.tokens = 0
         """Tokens read in all."""
         self.seconds = 0.0
@@ -58,7 +59,7 @@ class ReadingBar:
         self._since = time.perf_counter()
 
     def __enter__(self) -> ReadingBar:
-        self._since = time.perf_counter()
+        self.resume()
         self._bar.start()
         return self
 

@@ -11,6 +11,8 @@ from armt.cli.options import Device, DType, Json, Threads
 if TYPE_CHECKING:
     from armt.demo.exam import Result
 
+RIGHT_ALIGNED = ("asked at", "told before")
+
 
 def demo(
     tokens: Annotated[int, typer.Option(min=1000, help="Length of the stream.")] = 200_000,
@@ -49,7 +51,7 @@ def demo(
     else:
         out = console()
         for part in report(result):
-            out.print(part)
+            out.print(part, soft_wrap=isinstance(part, str))
     return 0 if result.passed else 1
 
 
@@ -60,19 +62,15 @@ def report(result: Result) -> list[object]:
     from armt.cli.output import size
 
     table = Table(title="What it remembers", title_justify="left", title_style="bold")
-    table.add_column("asked after", justify="right")
-    table.add_column("question")
-    table.add_column("answer")
-    table.add_column("expected")
-    table.add_column("")
-    table.add_column("told", justify="right")
+    for name in ("asked at", "question", "answer", "expected", "", "told before"):
+        table.add_column(name, justify="right" if name in RIGHT_ALIGNED else "left", no_wrap=True)
     for a in result.answers:
         mark = "[green]right[/green]" if a.right else "[red]wrong[/red]"
-        ago = f"{a.tokens_ago:,} tokens ago"
-        table.add_row(f"{a.asked_at:,}", a.question, a.answer, a.expected, mark, ago)
+        row = (a.question, a.answer, a.expected, mark)
+        table.add_row(f"{a.asked_at:,}", *row, f"{a.tokens_ago:,} tokens")
     oldest = max(result.answers, key=lambda a: a.tokens_ago)
     verdict = "[green]passed[/green]" if result.passed else "[red]failed[/red]"
-    memory, peak = result.state_bytes, result.peak_bytes
+    memory, peak = map(size, result.memory_bytes), map(size, result.peak_bytes)
     return [
         table,
         f"The oldest of these facts stood {oldest.tokens_ago:,} tokens back, in this place:",
@@ -81,8 +79,8 @@ def report(result: Result) -> list[object]:
         f"read      {result.tokens:,} tokens in {result.segments:,} segments, "
         f"{result.seconds:.1f} s, {result.tokens / result.seconds:,.0f} tokens/s",
         f"on        {result.description}, {result.dtype} weights",
-        f"memory    {size(memory[0])} after {result.first_tokens:,} tokens, "
-        f"{size(memory[1])} after {result.tokens:,} (process {size(peak[0])}, {size(peak[1])})",
+        f"memory    {next(memory)} after {result.first_tokens:,} tokens, "
+        f"{next(memory)} after {result.tokens:,}; whole process {next(peak)}, {next(peak)}",
         f"result    {result.right} of {len(result.answers)} right, {result.needed} needed: "
         + verdict,
     ]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -136,11 +136,11 @@ def _check(
         raise FileNotFoundError(f"{state_out}: the folder {state_out.parent} does not exist")
 
 
-def _open(file: str, stack: ExitStack) -> IO[bytes]:
+def _open(file: str, stack: ExitStack) -> BinaryIO:
     return sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
 
 
-def _size(source: IO[bytes]) -> int | None:
+def _size(source: BinaryIO) -> int | None:
     """Bytes of a file; None for a pipe."""
     if not source.seekable():
         return None
@@ -152,7 +152,7 @@ def _size(source: IO[bytes]) -> int | None:
 
 def _read(
     session: Session,
-    source: IO[bytes],
+    source: BinaryIO,
     tokenizer: Tokenizer,
     settings: TextSettings,
     bar: ReadingBar,
@@ -207,7 +207,7 @@ def _ask(
             branch.close_segment()  # a question that fits is not torn in two
         branch.feed(ids)
         generation = branch.generate(stop_ids=stop, **limits)
-        words = []
+        words: list[str] = []
         for piece in tokenizer.decode_stream(token for token in generation if token not in stop):
             words.append(piece if words else piece.lstrip())
             if shown:

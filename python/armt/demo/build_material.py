@@ -64,7 +64,8 @@ class Builder:
 def check_joins(builder: Builder, sentences: list[list[Any]], *, draws: int = 3000) -> None:
     """Ids of joined phrases must be the ids of the joined text."""
     rng = random.Random(1)
-    text, ids = "", []
+    text = ""
+    ids: list[int] = []
     for _ in range(draws):
         for part in rng.choice(sentences):
             more, more_ids = rng.choice(builder.phrases[part]) if isinstance(part, str) else part

@@ -63,8 +63,10 @@ class Result:
     seconds: float
     first_tokens: int
     """Tokens after which the first of each two sizes was taken; the second was at the end."""
+    memory_bytes: tuple[int, int]
+    """Size of what the session remembers: A and z of all layers."""
     state_bytes: tuple[int, int]
-    """Size of the session's state."""
+    """Size of the whole state as saved to a file, the ids of the last segments included."""
     peak_bytes: tuple[int, int]
     """Largest resident memory of the process so far."""
     answers: list[Answer]
@@ -107,11 +109,11 @@ def examine(
     rounds = -(-questions // len(people()))
     answers: list[Answer] = []
     _read(session, story, min(SEGMENTS_A_CALL * engine.segment_size, tokens // rounds), clock)
-    sizes = [_sizes(session)]
+    sizes = [_sizes(session, engine)]
     for number in range(1, rounds + 1):
         _read(session, story, tokens * number // rounds, clock)
         answers += ask_all(session, story)[: questions - len(answers)]
-    sizes.append(_sizes(session))
+    sizes.append(_sizes(session, engine))
     return Result(
         device=engine.device,
         description=engine.description,
@@ -122,8 +124,9 @@ def examine(
         seed=seed,
         seconds=clock.seconds,
         first_tokens=sizes[0][0],
-        state_bytes=(sizes[0][1], sizes[1][1]),
-        peak_bytes=(sizes[0][2], sizes[1][2]),
+        memory_bytes=(sizes[0][1], sizes[1][1]),
+        state_bytes=(sizes[0][2], sizes[1][2]),
+        peak_bytes=(sizes[0][3], sizes[1][3]),
         answers=answers,
     )
 
@@ -162,12 +165,14 @@ def ask(session: Session, person: str) -> str:
     return answer_text(int(logits.argmax()))
 
 
-def _sizes(session: Session) -> tuple[int, int, int]:
-    """Tokens read, bytes of the memory behind them, peak bytes of the process."""
+def _sizes(session: Session, engine: Engine) -> tuple[int, int, int, int]:
+    """Tokens read, bytes of the memory, of the saved state, and peak bytes of the process."""
     with session.fork() as branch:
         branch.close_segment()
-        state = len(branch.state.to_bytes())
-    return session.tokens, state, peak_memory()
+        state = branch.state
+    parts = [a for i in range(engine.checkpoint.decoder["n_layers"]) for a in state.memory(i)]
+    memory = sum(a.nbytes for a in parts if a is not None)
+    return session.tokens, memory, len(state.to_bytes()), peak_memory()
 
 
 def peak_memory() -> int:

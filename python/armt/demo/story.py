@@ -52,7 +52,7 @@ def question(person: str) -> tuple[str, Ids]:
 
 def answer_text(token: int) -> str:
     """The place that a token stands for."""
-    names = {id_: place for place, id_ in material()["answers"].items()}
+    names: dict[int, str] = {id_: place for place, id_ in material()["answers"].items()}
     return names.get(token, f"(token {token})")
 
 

@@ -1,4 +1,5 @@
-// The associative memory: feature map, recall, update. Features that are zero, about three in four, are left out.
+// The associative memory: feature map, recall, update. Features that are zero, about three in four,
+// are left out.
 #pragma once
 
 #include "cpu/kernels/activation.h"
@@ -7,10 +8,12 @@
 
 namespace armt::cpu::ARMT_ISA_NAME {
 
-inline constexpr int kMemoryVectors = 8;  // vectors of a row of A that a pass over the features sums up
+inline constexpr int kMemoryVectors =
+    8;  // vectors of a row of A that a pass over the features sums up
 
 // phi(x), x [n]: u = (max(x, 0), max(-x, 0)); block j = 1 .. rolls has u[i] u[(i - j) mod 2n] at i.
-// Writes the non-zero features, ascending, and returns how many. NaN stays NaN.     arXiv 2102.11174
+// Writes the non-zero features, ascending, and returns how many. NaN stays NaN.     arXiv
+// 2102.11174
 static int64_t features(const float* x, int64_t n, int64_t rolls, Feature* out, float* scratch) {
   const int64_t count = 2 * n;
   float* u = scratch + rolls;  // the `rolls` values in front of u repeat its end
@@ -19,7 +22,10 @@ static int64_t features(const float* x, int64_t n, int64_t rolls, Feature* out, 
     u[i] = x[i] <= 0.0f ? 0.0f : x[i];
     u[n + i] = x[i] >= 0.0f ? 0.0f : -x[i];
   }
-  for (int64_t j = 1; j <= rolls; ++j) u[-j] = u[(count - j % count) % count];
+  for (int64_t j = 1, end = count; j <= rolls; ++j) {
+    if (end == 0) end = count;
+    u[-j] = u[--end];
+  }
   int64_t supported = 0;
   for (int64_t i = 0; i < count; ++i) {
     support[supported] = static_cast<int32_t>(i);
@@ -38,10 +44,11 @@ static int64_t features(const float* x, int64_t n, int64_t rolls, Feature* out, 
   return found;
 }
 
-// out += sign (sum_f value_f A[f]) / den over V vectors of columns, one chain over the features in order.
+// out += sign (sum_f value_f A[f]) / den over V vectors of columns, one chain over the features in
+// order.
 template <int V>
-static inline void recall_vectors(const Feature* features, int64_t count, const float* a, int64_t ld, vf den, vf sign,
-                                  float* out) {
+static inline void recall_vectors(const Feature* features, int64_t count, const float* a,
+                                  int64_t ld, vf den, vf sign, float* out) {
   vf sums[V];
   ARMT_UNROLL for (int v = 0; v < V; ++v) sums[v] = vf{};
   for (int64_t i = 0; i < count; ++i) {
@@ -54,8 +61,8 @@ static inline void recall_vectors(const Feature* features, int64_t count, const 
   }
 }
 
-static inline void recall_part(const Feature* features, int64_t count, const float* a, int64_t ld, int64_t columns,
-                               vf den, vf sign, float* out) {
+static inline void recall_part(const Feature* features, int64_t count, const float* a, int64_t ld,
+                               int64_t columns, vf den, vf sign, float* out) {
   vf sums = {};
   for (int64_t i = 0; i < count; ++i) {
     sums = fma(splat(features[i].value), load_part(a + features[i].index * ld, columns), sums);
@@ -63,8 +70,8 @@ static inline void recall_part(const Feature* features, int64_t count, const flo
   store_part(out, load_part(out, columns) + sign * (sums / den), columns);
 }
 
-static void recall(const Feature* features, int64_t count, const float* a, int64_t ld, int64_t columns, float den,
-                   float sign, float* out) {
+static void recall(const Feature* features, int64_t count, const float* a, int64_t ld,
+                   int64_t columns, float den, float sign, float* out) {
   const vf dens = splat(den), signs = splat(sign);
   int64_t e = 0;
   for (; e + kMemoryVectors * kWidth <= columns; e += kMemoryVectors * kWidth) {
@@ -74,15 +81,17 @@ static void recall(const Feature* features, int64_t count, const float* a, int64
     recall_vectors<4>(features, count, a + e, ld, dens, signs, out + e);
     e += 4 * kWidth;
   }
-  for (; e + kWidth <= columns; e += kWidth) recall_vectors<1>(features, count, a + e, ld, dens, signs, out + e);
+  for (; e + kWidth <= columns; e += kWidth)
+    recall_vectors<1>(features, count, a + e, ld, dens, signs, out + e);
   if (e < columns) recall_part(features, count, a + e, ld, columns - e, dens, signs, out + e);
 }
 
 template <int V>
-static inline void update_vectors(const Feature* keys, int64_t count, const float* delta, int64_t ld, const float* from,
-                                  float* to) {
+static inline void update_vectors(const Feature* keys, int64_t count, const float* delta,
+                                  int64_t ld, const float* from, float* to) {
   vf sums[V];
-  ARMT_UNROLL for (int v = 0; v < V; ++v) sums[v] = from == nullptr ? vf{} : load(from + v * kWidth);
+  ARMT_UNROLL for (int v = 0; v < V; ++v) sums[v] =
+      from == nullptr ? vf{} : load(from + v * kWidth);
   for (int64_t i = 0; i < count; ++i) {
     const float* row = delta + keys[i].index * ld;
     const vf value = splat(keys[i].value);
@@ -91,13 +100,15 @@ static inline void update_vectors(const Feature* keys, int64_t count, const floa
   ARMT_UNROLL for (int v = 0; v < V; ++v) store(to + v * kWidth, sums[v]);
 }
 
-static void update(const Feature* keys, int64_t count, const float* delta, int64_t ld, int64_t columns,
-                   const float* from, float* to) {
+static void update(const Feature* keys, int64_t count, const float* delta, int64_t ld,
+                   int64_t columns, const float* from, float* to) {
   if (count == 0 && from == to) return;
   int64_t e = 0;
   const auto at = [from](int64_t column) { return from == nullptr ? nullptr : from + column; };
-  for (; e + 4 * kWidth <= columns; e += 4 * kWidth) update_vectors<4>(keys, count, delta + e, ld, at(e), to + e);
-  for (; e + kWidth <= columns; e += kWidth) update_vectors<1>(keys, count, delta + e, ld, at(e), to + e);
+  for (; e + 4 * kWidth <= columns; e += 4 * kWidth)
+    update_vectors<4>(keys, count, delta + e, ld, at(e), to + e);
+  for (; e + kWidth <= columns; e += kWidth)
+    update_vectors<1>(keys, count, delta + e, ld, at(e), to + e);
   if (e == columns) return;
   vf sums = from == nullptr ? vf{} : load_part(from + e, columns - e);
   for (int64_t i = 0; i < count; ++i) {
@@ -107,8 +118,12 @@ static void update(const Feature* keys, int64_t count, const float* delta, int64
 }
 
 // 1 / (1 + e^-x): e^-x may overflow to infinity, which gives 0.
-static inline vf sigmoid_of(vf x) { return 1.0f / (1.0f + exp(-x)); }
+static inline vf sigmoid_of(vf x) {
+  return 1.0f / (1.0f + exp(-x));
+}
 
-static void sigmoid(float* x, int64_t n) { map<sigmoid_of>(x, n); }
+static void sigmoid(float* x, int64_t n) {
+  map<sigmoid_of>(x, n);
+}
 
 }  // namespace armt::cpu::ARMT_ISA_NAME

@@ -1,8 +1,10 @@
-// Attention of some query rows to one key head: block after block of 64 keys with a running maximum, sum and weighted
-// value for each line, so that scores live in one small tile.                                     arXiv 2205.14135
+// Attention of some query rows to one key head: block after block of 64 keys with a running
+// maximum, sum and weighted value for each line, so that scores live in one small tile. arXiv
+// 2205.14135
 //
-// Blocks lie at fixed multiples of 64 keys from the start of a cache, and a key that a line does not see takes no part
-// in it: what a line computes does not depend on the other lines or on keys stored later.
+// Blocks lie at fixed multiples of 64 keys from the start of a cache, and a key that a line does
+// not see takes no part in it: what a line computes does not depend on the other lines or on keys
+// stored later.
 #pragma once
 
 #include "cpu/simd.h"
@@ -23,7 +25,8 @@ inline constexpr float kLog2E = 1.44269504f;  // scores are in units of ln 2: e^
 // 2^x for x <= 0, within 1.6e-7; 2^-126 below that; NaN stays NaN.
 // x = n + r, |r| <= 1/2;  2^x = 2^n p(r), p(0) = 1.
 static inline vf power_of_two(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held by the low bits
+  const vf magic =
+      splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held by the low bits
   const vf bounded = max(splat(-126.0f), x);
   const vf shifted = bounded + magic;
   const vf r = bounded - (shifted - magic);
@@ -71,14 +74,15 @@ static constexpr int columns_of_tile() {
   return R == 2 ? 4 : 2;
 }
 
-// C [R, V W] (+)= A [R, k] B [k, V W], one chain of fused multiply-adds over k for each element, so that it does not
-// depend on the tile that computes it.
+// C [R, V W] (+)= A [R, k] B [k, V W], one chain of fused multiply-adds over k for each element, so
+// that it does not depend on the tile that computes it.
 template <int R, int V>
-static inline void line_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                             bool accumulate) {
+static inline void line_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                             float* c, int64_t ldc, bool accumulate) {
   vf sums[R][V];
   ARMT_UNROLL for (int r = 0; r < R; ++r) {
-    ARMT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = accumulate ? load(c + r * ldc + v * kWidth) : vf{};
+    ARMT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] =
+        accumulate ? load(c + r * ldc + v * kWidth) : vf{};
   }
   for (int64_t i = 0; i < k; ++i) {
     vf column[V];
@@ -96,26 +100,34 @@ static inline void line_tile(int64_t k, const float* a, int64_t lda, const float
 
 // The same for n columns, a multiple of W.
 template <int R, int V = columns_of_tile<R>()>
-static inline void multiply_tile(int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-                                 float* c, int64_t ldc, bool accumulate) {
+static inline void multiply_tile(int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   int64_t column = 0;
   for (; column + V * kWidth <= n; column += V * kWidth) {
     line_tile<R, V>(k, a, lda, b + column, ldb, c + column, ldc, accumulate);
   }
   if constexpr (V > 1) {
-    if (column < n) multiply_tile<R, V / 2>(n - column, k, a, lda, b + column, ldb, c + column, ldc, accumulate);
+    if (column < n)
+      multiply_tile<R, V / 2>(n - column, k, a, lda, b + column, ldb, c + column, ldc, accumulate);
   }
 }
 
-static inline void multiply_lines(int64_t lines, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-                                  int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+static inline void multiply_lines(int64_t lines, int64_t n, int64_t k, const float* a, int64_t lda,
+                                  const float* b, int64_t ldb, float* c, int64_t ldc,
+                                  bool accumulate) {
   switch (lines) {
-    case 1: return multiply_tile<1>(n, k, a, lda, b, ldb, c, ldc, accumulate);
-    case 2: return multiply_tile<2>(n, k, a, lda, b, ldb, c, ldc, accumulate);
-    case 3: return multiply_tile<3>(n, k, a, lda, b, ldb, c, ldc, accumulate);
-    case 4: return multiply_tile<4>(n, k, a, lda, b, ldb, c, ldc, accumulate);
-    case 5: return multiply_tile<5>(n, k, a, lda, b, ldb, c, ldc, accumulate);
-    default: return multiply_tile<6>(n, k, a, lda, b, ldb, c, ldc, accumulate);
+    case 1:
+      return multiply_tile<1>(n, k, a, lda, b, ldb, c, ldc, accumulate);
+    case 2:
+      return multiply_tile<2>(n, k, a, lda, b, ldb, c, ldc, accumulate);
+    case 3:
+      return multiply_tile<3>(n, k, a, lda, b, ldb, c, ldc, accumulate);
+    case 4:
+      return multiply_tile<4>(n, k, a, lda, b, ldb, c, ldc, accumulate);
+    case 5:
+      return multiply_tile<5>(n, k, a, lda, b, ldb, c, ldc, accumulate);
+    default:
+      return multiply_tile<6>(n, k, a, lda, b, ldb, c, ldc, accumulate);
   }
 }
 
@@ -124,7 +136,8 @@ static inline int64_t lines_in_tile(const Lines& lines, int64_t first) {
 }
 
 static inline Range seen_range(const Sight& sight, const KeyBlock& block) {
-  const int64_t begin = sight.begin[block.side] - block.first, end = sight.end[block.side] - block.first;
+  const int64_t begin = sight.begin[block.side] - block.first,
+                end = sight.end[block.side] - block.first;
   const Range range{begin > 0 ? begin : 0, min_of(end, block.count)};
   return range.begin < range.end ? range : Range{0, 0};
 }
@@ -133,10 +146,11 @@ static inline void scale_values(float* x, int64_t n, vf factor) {
   for (int64_t i = 0; i < n; i += kWidth) store(x + i, load(x + i) * factor);
 }
 
-// Turns one line's scores into weights; score(v) is the v-th vector of them, kUnseen where a key takes no part, and
-// keep(v, w) replaces the weights of such keys by 0.
+// Turns one line's scores into weights; score(v) is the v-th vector of them, kUnseen where a key
+// takes no part, and keep(v, w) replaces the weights of such keys by 0.
 template <class Score, class Keep>
-static inline void soften(const Lines& lines, int64_t line, int64_t vectors, Score score, Keep keep) {
+static inline void soften(const Lines& lines, int64_t line, int64_t vectors, Score score,
+                          Keep keep) {
   float* weights = lines.scores + line * kKeyBlock;
   float* total = lines.totals + line * kLaneFloats;
   vf high = score(0);
@@ -164,7 +178,8 @@ static inline void soften(const Lines& lines, int64_t line, int64_t vectors, Sco
   store(total, sums);
 }
 
-static inline void soften_masked(const Lines& lines, int64_t line, const KeyBlock& block, const Sight& sight) {
+static inline void soften_masked(const Lines& lines, int64_t line, const KeyBlock& block,
+                                 const Sight& sight) {
   const float* scores = lines.scores + line * kKeyBlock;
   const Range range = seen_range(sight, block);
   const bool closed = block.has_padding && !sight.padding[block.side];
@@ -173,7 +188,8 @@ static inline void soften_masked(const Lines& lines, int64_t line, const KeyBloc
     const vi index = lane_index() + static_cast<int32_t>(v * kWidth);
     const vi inside = (index >= begin) & (index < end);
     if (!closed) return inside;
-    return inside & reinterpret_cast<vi>(load(reinterpret_cast<const float*>(lines.open) + v * kWidth));
+    return inside &
+           reinterpret_cast<vi>(load(reinterpret_cast<const float*>(lines.open) + v * kWidth));
   };
   const auto score = [&](int64_t v) {
     return select(seen(v), sight.uniform ? vf{} : load(scores + v * kWidth), splat(kUnseen));
@@ -183,15 +199,18 @@ static inline void soften_masked(const Lines& lines, int64_t line, const KeyBloc
 }
 
 // values[line ..] += weights V over the keys of a range, `count` lines at once.
-static inline void weigh(const Lines& lines, int64_t line, int64_t count, const KeyBlock& block, Range range) {
+static inline void weigh(const Lines& lines, int64_t line, int64_t count, const KeyBlock& block,
+                         Range range) {
   if (range.begin >= range.end) return;
-  multiply_lines(count, lines.padded, range.end - range.begin, lines.scores + line * kKeyBlock + range.begin, kKeyBlock,
-                 block.values + range.begin * lines.padded, lines.padded, lines.values + line * lines.padded,
-                 lines.padded, true);
+  multiply_lines(count, lines.padded, range.end - range.begin,
+                 lines.scores + line * kKeyBlock + range.begin, kKeyBlock,
+                 block.values + range.begin * lines.padded, lines.padded,
+                 lines.values + line * lines.padded, lines.padded, true);
 }
 
 // The same for one line, padded keys left out.
-static inline void weigh_open(const Lines& lines, int64_t line, const KeyBlock& block, Range range) {
+static inline void weigh_open(const Lines& lines, int64_t line, const KeyBlock& block,
+                              Range range) {
   for (int64_t key = range.begin; key < range.end; ++key) {
     if (lines.open[key] == 0) continue;
     const int64_t begin = key;
@@ -200,8 +219,10 @@ static inline void weigh_open(const Lines& lines, int64_t line, const KeyBlock& 
   }
 }
 
-// A tile of lines that see different keys: the keys that all see together, those before and after line by line.
-static inline void weigh_masked(const AttentionTask& task, const Lines& lines, int64_t first, const KeyBlock& block) {
+// A tile of lines that see different keys: the keys that all see together, those before and after
+// line by line.
+static inline void weigh_masked(const AttentionTask& task, const Lines& lines, int64_t first,
+                                const KeyBlock& block) {
   const int64_t count = lines_in_tile(lines, first);
   Range ranges[kLineTile];
   Range common{0, kKeyBlock};
@@ -224,9 +245,11 @@ static inline void weigh_masked(const AttentionTask& task, const Lines& lines, i
     }
     return;
   }
-  for (int64_t i = 0; i < count; ++i) weigh(lines, first + i, 1, block, {ranges[i].begin, common.begin});
+  for (int64_t i = 0; i < count; ++i)
+    weigh(lines, first + i, 1, block, {ranges[i].begin, common.begin});
   weigh(lines, first, count, block, common);
-  for (int64_t i = 0; i < count; ++i) weigh(lines, first + i, 1, block, {common.end, ranges[i].end});
+  for (int64_t i = 0; i < count; ++i)
+    weigh(lines, first + i, 1, block, {common.end, ranges[i].end});
 }
 
 static inline bool all_see_all(const AttentionTask& task, const KeyBlock& block) {
@@ -239,18 +262,22 @@ static inline bool all_see_all(const AttentionTask& task, const KeyBlock& block)
   return true;
 }
 
-static inline void attend_block(const AttentionTask& task, const Lines& lines, const KeyBlock& block) {
+static inline void attend_block(const AttentionTask& task, const Lines& lines,
+                                const KeyBlock& block) {
   const bool whole = all_see_all(task, block);
   const int64_t columns = (block.count + kWidth - 1) / kWidth * kWidth;
   for (int64_t first = 0; first < lines.count; first += kLineTile) {
-    multiply_lines(lines_in_tile(lines, first), columns, lines.width, lines.queries + first * lines.width, lines.width,
-                   block.keys, kKeyBlock, lines.scores + first * kKeyBlock, kKeyBlock, false);
+    multiply_lines(lines_in_tile(lines, first), columns, lines.width,
+                   lines.queries + first * lines.width, lines.width, block.keys, kKeyBlock,
+                   lines.scores + first * kKeyBlock, kKeyBlock, false);
   }
   for (int64_t line = 0; line < lines.count; ++line) {
     if (whole) {
       const float* scores = lines.scores + line * kKeyBlock;
-      soften(lines, line, kKeyBlock / kWidth, [scores](int64_t v) { return load(scores + v * kWidth); },
-             [](int64_t, vf weight) { return weight; });
+      soften(
+          lines, line, kKeyBlock / kWidth,
+          [scores](int64_t v) { return load(scores + v * kWidth); },
+          [](int64_t, vf weight) { return weight; });
     } else {
       soften_masked(lines, line, block, task.sights[line / task.heads]);
     }
@@ -285,7 +312,8 @@ static inline void attend_source(const AttentionTask& task, const Lines& lines, 
   const KeySource& source = task.sources[side];
   for (int64_t first = begin / kKeyBlock * kKeyBlock; first < end; first += kKeyBlock) {
     const float* page = source.pages[first / kKeyBlock];
-    KeyBlock block{page, page + lines.width * kKeyBlock, first, min_of(kKeyBlock, end - first), side, false};
+    KeyBlock block{
+        page, page + lines.width * kKeyBlock, first, min_of(kKeyBlock, end - first), side, false};
     if (source.visible != nullptr) {
       block.has_padding = find_padding(source.visible + first, block.count, lines.open);
     }

@@ -16,12 +16,16 @@ inline constexpr int64_t kBlockK = 256;
 #endif
 inline constexpr int64_t kGemmRows = 16 * kTileRows;
 inline constexpr int64_t kMaxPanelsAtOnce = 4;
-inline constexpr int64_t kFewAhead = 24;  // steps of k between the fetch of a weight and its use, few rows
+inline constexpr int64_t kFewAhead =
+    24;  // steps of k between the fetch of a weight and its use, few rows
 inline constexpr int64_t kGemmScratch =
-    (kGemmRows * 2 > kTileRows * kMaxPanelsAtOnce ? kGemmRows * 2 : kTileRows * kMaxPanelsAtOnce) * kPanel +
+    (kGemmRows * 2 > kTileRows * kMaxPanelsAtOnce ? kGemmRows * 2 : kTileRows * kMaxPanelsAtOnce) *
+        kPanel +
     kBlockK * kPanel;
 
-static inline int64_t panels_per_unit(const GemmTask& task) { return task.finish.gated ? 2 : 1; }
+static inline int64_t panels_per_unit(const GemmTask& task) {
+  return task.finish.gated ? 2 : 1;
+}
 
 static inline void add_bias(float* sums, int64_t rows, const float* bias, int64_t count) {
   if (bias == nullptr) return;
@@ -39,7 +43,8 @@ static inline void add_bias(float* sums, int64_t rows, const float* bias, int64_
 template <bool Add>
 static inline void store_row(const float* sums, float* out, int64_t count) {
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(out + i, Add ? load(out + i) + load(sums + i) : load(sums + i));
+  for (; i + kWidth <= count; i += kWidth)
+    store(out + i, Add ? load(out + i) + load(sums + i) : load(sums + i));
   for (; i < count; ++i) out[i] = Add ? out[i] + sums[i] : sums[i];
 }
 
@@ -53,7 +58,8 @@ static inline void finish_unit(const GemmTask& task, int64_t unit, float* sums) 
   if (finish.gated) {
     float* up = sums + rows * kPanel;
     add_bias(up, rows, finish.bias == nullptr ? nullptr : finish.bias + task.n + column, count);
-    for (int64_t i = 0; i < rows * kPanel; i += kWidth) store(sums + i, load(sums + i) * load(up + i));
+    for (int64_t i = 0; i < rows * kPanel; i += kWidth)
+      store(sums + i, load(sums + i) * load(up + i));
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* out = task.out + r * task.ld_out + column;
@@ -65,10 +71,11 @@ static inline void finish_unit(const GemmTask& task, int64_t unit, float* sums) 
   }
 }
 
-// A few rows: `P` panels at once, so that enough independent sums hide the latency of the multiply-adds while memory
-// streams. sums [P][R, kPanel].
+// A few rows: `P` panels at once, so that enough independent sums hide the latency of the
+// multiply-adds while memory streams. sums [P][R, kPanel].
 template <int R, int P, class Weight>
-static inline void tile_panels(int64_t k, const float* a, int64_t lda, const Weight* b, float* sums) {
+static inline void tile_panels(int64_t k, const float* a, int64_t lda, const Weight* b,
+                               float* sums) {
   vf acc[R][P * kPanelVectors];
   ARMT_UNROLL for (int r = 0; r < R; ++r) {
     ARMT_UNROLL for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] = vf{};
@@ -77,17 +84,20 @@ static inline void tile_panels(int64_t k, const float* a, int64_t lda, const Wei
   for (int64_t i = 0; i < k; ++i) {
     // One row alone is slow enough for the hardware to foresee its loads; more rows ask ahead.
     if constexpr (R > 1) {
-      ARMT_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(b + p * stride + kFewAhead * kPanel);
+      ARMT_UNROLL for (int p = 0; p < P; ++p)
+          __builtin_prefetch(b + p * stride + kFewAhead * kPanel);
     }
     ARMT_UNROLL for (int v = 0; v < P * kPanelVectors; ++v) {
       const vf column = load(b + (v / kPanelVectors) * stride + (v % kPanelVectors) * kWidth);
-      ARMT_UNROLL for (int r = 0; r < R; ++r) acc[r][v] = fma(splat(a[r * lda + i]), column, acc[r][v]);
+      ARMT_UNROLL for (int r = 0; r < R; ++r) acc[r][v] =
+          fma(splat(a[r * lda + i]), column, acc[r][v]);
     }
     b += kPanel;
   }
   ARMT_UNROLL for (int v = 0; v < P * kPanelVectors; ++v) {
     ARMT_UNROLL for (int r = 0; r < R; ++r) {
-      store(sums + ((v / kPanelVectors) * R + r) * kPanel + (v % kPanelVectors) * kWidth, acc[r][v]);
+      store(sums + ((v / kPanelVectors) * R + r) * kPanel + (v % kPanelVectors) * kWidth,
+            acc[r][v]);
     }
   }
 }
@@ -128,7 +138,8 @@ static inline void many_rows(const GemmTask& task) {
         const int64_t depth = min_of(kBlockK, task.k - k);
         const Weight* block = panel + k * kPanel;
         // Blocks and panels follow one another in memory.
-        const Ahead next{reinterpret_cast<const char*>(block + depth * kPanel), depth * kPanel * int64_t{sizeof(Weight)}};
+        const Ahead next{reinterpret_cast<const char*>(block + depth * kPanel),
+                         depth * kPanel * int64_t{sizeof(Weight)}};
         tile_columns<kPanelVectors>(task.rows, depth, task.in + k, task.ld_in, block, kPanel,
                                     sums + p * task.rows * kPanel, kPanel, k > 0, next, widened);
       }
@@ -140,12 +151,18 @@ static inline void many_rows(const GemmTask& task) {
 template <class Weight>
 static inline void gemm_of(const GemmTask& task) {
   switch (task.rows) {
-    case 1: return few_rows<1, 4, Weight>(task);
-    case 2: return few_rows<2, 2, Weight>(task);
-    case 3: return few_rows<3, 2, Weight>(task);
-    case 4: return few_rows<4, 1, Weight>(task);
-    case 5: return few_rows<5, 1, Weight>(task);
-    default: return many_rows<Weight>(task);
+    case 1:
+      return few_rows<1, 4, Weight>(task);
+    case 2:
+      return few_rows<2, 2, Weight>(task);
+    case 3:
+      return few_rows<3, 2, Weight>(task);
+    case 4:
+      return few_rows<4, 1, Weight>(task);
+    case 5:
+      return few_rows<5, 1, Weight>(task);
+    default:
+      return many_rows<Weight>(task);
   }
 }
 

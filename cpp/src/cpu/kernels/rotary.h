@@ -5,7 +5,8 @@
 
 namespace armt::cpu::ARMT_ISA_NAME {
 
-// (x_i, x_{i + half}) <- (x_i cos_i - x_{i + half} sin_i, x_{i + half} cos_i + x_i sin_i);  turn: cos [half], sin [half]
+// (x_i, x_{i + half}) <- (x_i cos_i - x_{i + half} sin_i, x_{i + half} cos_i + x_i sin_i);  turn:
+// cos [half], sin [half]
 static void rotate(float* x, int64_t half, const float* turn) {
   int64_t i = 0;
   for (; i + kWidth <= half; i += kWidth) {
