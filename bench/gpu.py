@@ -1,10 +1,10 @@
 """Timings of the CUDA backend against floors measured in the same run.
 
-    python bench/gpu.py --out results.json [--what prefill decode sessions profile drift] [--quick]
+    python bench/gpu.py --out results.json [--what prefill decode sessions profile] [--quick]
 
-Weights are random (conditioned: embeddings are large, memory values small), ids are random, the head
-is left off in prefill. The floor of a prefill is its arithmetic over the rate of an 8192 bf16 matrix
-product sustained in this very run (attention over 400 TFLOP/s).
+Weights are random (conditioned: embeddings are large, memory values small), ids are random, the
+head is left off in prefill. The floor of a prefill is its arithmetic over the rate of an 8192 bf16
+matrix product sustained in this very run (attention over 400 TFLOP/s).
 """
 
 from __future__ import annotations
@@ -144,7 +144,12 @@ def make_engine(
     fill("final_norm", 1, width, 1.0)
     if not g.llama:
         load("positions", 1, g.rows + g.memory, width, 0.02)
-        sizes = {"qkv_bias": qkv, "attn_out_bias": width, "mlp_up_bias": g.ffn, "mlp_down_bias": width}
+        sizes = {
+            "qkv_bias": qkv,
+            "attn_out_bias": width,
+            "mlp_up_bias": g.ffn,
+            "mlp_down_bias": width,
+        }
         for slot, size in sizes.items():
             fill(slot, g.layers, size, 0.01)
         for norm in ("norm1_bias", "norm2_bias"):
@@ -205,7 +210,12 @@ class Ceiling:
 
 
 def prefill(
-    geometry: Geometry, tokens: int, schedule: str, rate: float, core: Any = None, seconds: float = 1.5
+    geometry: Geometry,
+    tokens: int,
+    schedule: str,
+    rate: float,
+    core: Any = None,
+    seconds: float = 1.5,
 ) -> dict[str, Any]:
     core = core or make_engine(geometry, schedule=schedule)
     ids = random_ids(geometry, tokens)
@@ -326,7 +336,10 @@ def main() -> None:
             lengths = {"1b": [4096, 16384, 32768, 131072], "gpt2": [131072, 1048576]}[name]
             for tokens in lengths[:1] + lengths[-1:] if arguments.quick else lengths:
                 rate = ceiling.measure()
-                note("prefill", prefill(geometry, tokens, "diagonal", rate, core) | {"gemm_flops": rate})
+                note(
+                    "prefill",
+                    prefill(geometry, tokens, "diagonal", rate, core) | {"gemm_flops": rate},
+                )
         if "profile" in arguments.what:
             ids = random_ids(geometry, geometry.segment * 48)
 
@@ -337,7 +350,8 @@ def main() -> None:
             result["profiles"][name] = rows
             total = sum(row["us"] for row in rows)
             for row in rows[:24]:
-                print(f"  {row['us']:>10.0f} us {row['us'] / total:6.1%} {row['calls']:>6} {row['kernel'][:110]}")
+                share = f"{row['us'] / total:6.1%} {row['calls']:>6}"
+                print(f"  {row['us']:>10.0f} us {share} {row['kernel'][:110]}")
             print(f"  {total:>10.0f} us in all", flush=True)
         if "decode" in arguments.what:
             note("decode", decode(geometry, 64, core))

@@ -9,9 +9,13 @@
 namespace armt::cuda {
 namespace {
 
-int64_t rounded(int64_t bytes) { return (std::max<int64_t>(bytes, 1) + 255) / 256 * 256; }
+int64_t rounded(int64_t bytes) {
+  return (std::max<int64_t>(bytes, 1) + 255) / 256 * 256;
+}
 
-std::string mebibytes(int64_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; }
+std::string mebibytes(int64_t bytes) {
+  return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
+}
 
 }  // namespace
 

@@ -27,8 +27,8 @@ class Arena {
 
   const int device_;
   mutable std::mutex mutex_;
-  std::map<void*, int64_t> sizes_;                // of every block from the driver
-  std::map<int64_t, std::vector<void*>> free_;    // by exact rounded size
+  std::map<void*, int64_t> sizes_;              // of every block from the driver
+  std::map<int64_t, std::vector<void*>> free_;  // by exact rounded size
   int64_t in_use_ = 0, held_ = 0;
 };
 

@@ -22,8 +22,8 @@ struct MemoryShape {
   int values = 0;                           // E
   int keys = 0;                             // d_mem / h
   int rolls = 0;
-  int width = 0;                            // D
-  int raw = 0, gate = 0;                    // row of the write's product, and where its gate begins
+  int width = 0;          // D
+  int raw = 0, gate = 0;  // row of the write's product, and where its gate begins
   bool normalise = false, denominator = false, correction = false, paper = false, gating = false;
 
   __host__ __device__ int64_t matrix() const { return static_cast<int64_t>(features) * values; }
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(b, right + swizzled<kCols>(k + lane / 8 % 2 * 8 + lane % 8,
-                                                            warp % 2 * 64 + n * 16 + lane / 16 * 8));
+        load_matrices_transposed(
+            b, right + swizzled<kCols>(k + lane / 8 % 2 * 8 + lane % 8, warp % 2 * 64 + n * 16 + lane / 16 * 8));
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           multiply_add<Half>(sum[m][2 * n], a[m], b[0], b[1]);
@@ -243,7 +243,8 @@ __global__ void gather_writers(Batch batch, View x, T* out, int width) {
   for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
 
-// phi_t, 1 / den_t and gamma_t of each memory row, and beta = sigmoid in place of the gate. grid: memory rows / 4, cells
+// phi_t, 1 / den_t and gamma_t of each memory row, and beta = sigmoid in place of the gate. grid: memory rows / 4,
+// cells
 __global__ void write_features(Batch batch, float* raw, float* phi, float* coef, const float* gate_bias,
                                MemoryShape shape) {
   extern __shared__ float shared[];
@@ -421,7 +422,8 @@ void CudaBackend::memory_read(Groups groups, const Rows& x) {
   int64_t rows = 0;
   std::vector<Span> spans;
   for (const DevGroup& group : part.groups) {
-    spans.push_back({.stack = group.stack, .in_row = row_index(group, x), .out_row = group.scratch, .rows = group.rows});
+    spans.push_back(
+        {.stack = group.stack, .in_row = row_index(group, x), .out_row = group.scratch, .rows = group.rows});
     rows = std::max(rows, group.scratch + group.rows);
   }
   grow(arena_, scratch.read_query, rows * d_mem * 4);

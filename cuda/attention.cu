@@ -1,10 +1,9 @@
 // Attention: choice of the kernel, and the one for few rows (decoding) and for float32. A block takes one query row and
 // all query heads of one key head over its share of the keys; the last block of a row to finish joins the shares.
-#include "attention.cuh"
-
 #include <algorithm>
 #include <cmath>
 
+#include "attention.cuh"
 #include "check.h"
 #include "workspace.h"
 
@@ -222,8 +221,8 @@ void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
   args.kv_row = static_cast<int>(kv_row());
   args.page_rows = static_cast<int>(kv_page_rows());
   args.half = static_cast<int>(decoder.rotary_dims / 2);
-  args.scale = static_cast<float>(decoder.attention_scale > 0.0 ? decoder.attention_scale
-                                                                : 1.0 / std::sqrt(static_cast<double>(decoder.head_dim)));
+  args.scale = static_cast<float>(
+      decoder.attention_scale > 0.0 ? decoder.attention_scale : 1.0 / std::sqrt(static_cast<double>(decoder.head_dim)));
   args.by_layer = decoder.scale_by_inverse_layer;
   args.eps = static_cast<float>(decoder.norm_eps);
 

@@ -11,16 +11,16 @@ struct AttendArgs {
   const float2* angles = nullptr;
   const float* q_norm = nullptr;  // [layers, c] or null
   int q_heads = 0, kv_heads = 0;
-  int head_dim = 0, kv_row = 0;   // c, and its padding in a page
+  int head_dim = 0, kv_row = 0;  // c, and its padding in a page
   int page_rows = 0;
-  int half = 0;                   // rotary_dims / 2
+  int half = 0;  // rotary_dims / 2
   float scale = 0.0f;
-  bool by_layer = false;          // scores are divided by layer + 1
+  bool by_layer = false;  // scores are divided by layer + 1
   float eps = 0.0f;
   // few rows only
   int splits = 1;
-  float* partial = nullptr;       // [rows, q heads, splits, c + 2]
-  int* counters = nullptr;        // [rows, kv heads], zero between calls
+  float* partial = nullptr;  // [rows, q heads, splits, c + 2]
+  int* counters = nullptr;   // [rows, kv heads], zero between calls
 };
 
 // One row's view of the two caches, each masked row by row.
@@ -29,14 +29,16 @@ struct Sight {
   uint32_t flags;
 };
 
-__device__ inline Sight sight_of(const DevRow& row) { return {row.prev_begin, row.cur_begin, row.cur_end, row.flags}; }
+__device__ inline Sight sight_of(const DevRow& row) {
+  return {row.prev_begin, row.cur_begin, row.cur_end, row.flags};
+}
 
 // Whether column `col` (below the cache's row count) of the previous or the current cache is seen.
 __device__ inline bool sees(const Sight& sight, const DevCell& cell, bool previous, int col) {
   if (sight.flags & DevRow::kUniform) return true;
   if (previous) {
-    return col >= sight.prev_begin && (cell.prev_visible == nullptr || (sight.flags & DevRow::kSeesPrevPadding) ||
-                                       cell.prev_visible[col] != 0);
+    return col >= sight.prev_begin &&
+           (cell.prev_visible == nullptr || (sight.flags & DevRow::kSeesPrevPadding) || cell.prev_visible[col] != 0);
   }
   return col >= sight.cur_begin && col < sight.cur_end &&
          (cell.visible == nullptr || (sight.flags & DevRow::kSeesPadding) || cell.visible[col] != 0);

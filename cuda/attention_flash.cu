@@ -21,8 +21,8 @@ struct Shape {
 
 // What the tiles of a block have in common.
 struct Bounds {
-  int prev_first, cur_first, cur_end;             // some row sees from / up to here
-  int prev_full, cur_full, cur_full_end;          // every row sees from / up to here
+  int prev_first, cur_first, cur_end;     // some row sees from / up to here
+  int prev_full, cur_full, cur_full_end;  // every row sees from / up to here
   int uniform;
 };
 
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(warps * 32, dim <= 64 ? 16 / warps : 1) flash_
   const int head = blockIdx.y, kv_head = head * args.kv_heads / args.q_heads;
   extern __shared__ __align__(128) unsigned char memory[];
   T* queries = reinterpret_cast<T*>(memory);
-  T* keys = queries + S::kRows * dim;        // [2][64, dim]
-  T* values = keys + 2 * S::kTileElements;   // [2][64, dim]
+  T* keys = queries + S::kRows * dim;       // [2][64, dim]
+  T* values = keys + 2 * S::kTileElements;  // [2][64, dim]
   __shared__ Bounds bounds;
   const int prev_rows = cell.prev_rows, cur_rows = cell.cur_rows;
 
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(warps * 32, dim <= 64 ? 16 / warps : 1) flash_
   commit_copies();
 
   uint32_t held[kHoldQueries ? dim / 16 : 1][4];
-  const auto load_query = [&](uint32_t(&out)[4], int k) {
+  const auto load_query = [&](uint32_t (&out)[4], int k) {
     load_matrices(out, queries + swizzled<dim>(warp * 16 + lane % 16, k * 16 + lane / 16 * 8));
   };
   if constexpr (kHoldQueries) {
@@ -172,9 +172,9 @@ __global__ void __launch_bounds__(warps * 32, dim <= 64 ? 16 / warps : 1) flash_
     const T* tile_v = values + index % 2 * S::kTileElements;
 
     const bool masks = uniform || (previous ? cell.prev_visible : cell.visible) != nullptr;
-    const bool full = !masks && begin + kTile <= limit &&
-                      (previous ? begin >= bounds.prev_full
-                                : begin >= bounds.cur_full && begin + kTile <= bounds.cur_full_end);
+    const bool full =
+        !masks && begin + kTile <= limit &&
+        (previous ? begin >= bounds.prev_full : begin >= bounds.cur_full && begin + kTile <= bounds.cur_full_end);
     // A tile behind all of this warp's rows adds nothing.
     const bool some = full || masks ||
                       __any_sync(0xffffffffu, previous ? begin + kTile > min(sights[0].prev_begin, sights[1].prev_begin)
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(warps * 32, dim <= 64 ? 16 / warps : 1) flash_
       for (int k = 0; k < dim / 16; ++k) {
         uint32_t loaded[4];
         if constexpr (!kHoldQueries) load_query(loaded, k);
-        uint32_t(&query)[4] = kHoldQueries ? held[kHoldQueries ? k : 0] : loaded;
+        uint32_t (&query)[4] = kHoldQueries ? held[kHoldQueries ? k : 0] : loaded;
 #pragma unroll
         for (int n = 0; n < kTile / 16; ++n) {
           uint32_t b[4];
@@ -238,10 +238,10 @@ __global__ void __launch_bounds__(warps * 32, dim <= 64 ? 16 / warps : 1) flash_
       }
 #pragma unroll
       for (int k = 0; k < kTile / 16; ++k) {
-        const uint32_t weights[4] = {
-            pack_pair<T>(scores[2 * k][0], scores[2 * k][1]), pack_pair<T>(scores[2 * k][2], scores[2 * k][3]),
-            pack_pair<T>(scores[2 * k + 1][0], scores[2 * k + 1][1]),
-            pack_pair<T>(scores[2 * k + 1][2], scores[2 * k + 1][3])};
+        const uint32_t weights[4] = {pack_pair<T>(scores[2 * k][0], scores[2 * k][1]),
+                                     pack_pair<T>(scores[2 * k][2], scores[2 * k][3]),
+                                     pack_pair<T>(scores[2 * k + 1][0], scores[2 * k + 1][1]),
+                                     pack_pair<T>(scores[2 * k + 1][2], scores[2 * k + 1][3])};
 #pragma unroll
         for (int n = 0; n < dim / 16; ++n) {
           uint32_t b[4];

@@ -9,7 +9,9 @@ namespace armt::cuda {
 void check(cudaError_t code, const char* call);
 
 // The same for the kernel launched just before.
-inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+inline void check_launch(const char* kernel) {
+  check(cudaGetLastError(), kernel);
+}
 
 // Makes `device` the thread's current one and puts the old one back at the end of the scope.
 class DeviceScope {

@@ -32,7 +32,9 @@ void check_layer(Which which, int64_t layer, int64_t layers) {
                         ", expected one of 0 .. " + std::to_string(count - 1) + kFileHint);
 }
 
-bool dense_rows(const HostMatrix& matrix) { return matrix.col_stride == 1 && matrix.row_stride == matrix.cols; }
+bool dense_rows(const HostMatrix& matrix) {
+  return matrix.col_stride == 1 && matrix.row_stride == matrix.cols;
+}
 
 // Float32 on the device whatever the weights' type.
 bool kept_in_float(Vector which) {
@@ -95,9 +97,9 @@ CudaBackend::CudaBackend(const ModelConfig& config, const BackendOptions& option
   check(cudaEventCreateWithFlags(&joined_, cudaEventDisableTiming), "cudaEventCreate");
   if (const std::vector<float> found_frequencies = frequencies_of(config.decoder); !found_frequencies.empty()) {
     frequencies_ = DeviceBuffer(arena_, std::ssize(found_frequencies) * 4);
-    check(cudaMemcpy(frequencies_.data(), found_frequencies.data(), found_frequencies.size() * 4,
-                     cudaMemcpyHostToDevice),
-          "cudaMemcpy");
+    check(
+        cudaMemcpy(frequencies_.data(), found_frequencies.data(), found_frequencies.size() * 4, cudaMemcpyHostToDevice),
+        "cudaMemcpy");
   }
 }
 
@@ -117,8 +119,12 @@ CudaBackend::~CudaBackend() {
   cudaGetLastError();
 }
 
-int64_t CudaBackend::matrix_rows(Matrix which) const { return expected_shape(which, config_).rows; }
-int64_t CudaBackend::vector_size(Vector which) const { return expected_size(which, config_); }
+int64_t CudaBackend::matrix_rows(Matrix which) const {
+  return expected_shape(which, config_).rows;
+}
+int64_t CudaBackend::vector_size(Vector which) const {
+  return expected_size(which, config_);
+}
 
 int64_t CudaBackend::write_width() const {
   return (config_.memory.d_mem + config_.decoder.d_model + config_.gate_rows() + 7) / 8 * 8;
@@ -148,9 +154,9 @@ void CudaBackend::load(Matrix which, int64_t layer, const HostMatrix& matrix) {
   }
   char* to = buffer.data() + first_row * expected.cols * element();
   if (matrix.dtype == dtype_ && dense_rows(matrix)) {
-    check(cudaMemcpy(to, matrix.data, static_cast<size_t>(matrix.rows * matrix.cols * element()),
-                     cudaMemcpyHostToDevice),
-          "cudaMemcpy");
+    check(
+        cudaMemcpy(to, matrix.data, static_cast<size_t>(matrix.rows * matrix.cols * element()), cudaMemcpyHostToDevice),
+        "cudaMemcpy");
     return;
   }
   constexpr int64_t kChunkElements = int64_t{1} << 24;

@@ -1,4 +1,5 @@
-// The CUDA backend: weights and activations in one type (float32, bfloat16, float16), state and accumulation in float32.
+// The CUDA backend: weights and activations in one type (float32, bfloat16, float16), state and accumulation in
+// float32.
 //
 // One call of an operation covers groups of many layers. The weights of all layers lie one after another, the last
 // layer first, so that neighbouring groups (neighbouring waves) are one strided-batched product.
@@ -53,8 +54,7 @@ class CudaBackend : public Backend {
   void import_kv(KvCache& cache, const float* k, const float* v) override;
 
   std::unique_ptr<Workspace> make_workspace(int64_t slots, int64_t slot_rows) override;
-  void run(Workspace& workspace, Groups groups,
-           const std::function<void(Groups, const Scratch&)>& body) override;
+  void run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) override;
 
   void embed(const Group& group, const Rows& out) override;
   void memory_read(Groups groups, const Rows& x) override;
@@ -119,8 +119,8 @@ class CudaBackend : public Backend {
 
   // One product per maximal run of groups with equal row counts and constant strides.
   struct Operands {
-    const char* weight = nullptr;  // of stack 0
-    const char* bias = nullptr;    // of stack 0, or null
+    const char* weight = nullptr;                // of stack 0
+    const char* bias = nullptr;                  // of stack 0, or null
     int64_t weight_stride = 0, bias_stride = 0;  // elements per layer
     int64_t cols = 0, depth = 0;
   };

@@ -12,11 +12,16 @@ namespace {
 
 Vector bias_of(Matrix which) {
   switch (which) {
-    case Matrix::qkv: return Vector::qkv_bias;
-    case Matrix::attn_out: return Vector::attn_out_bias;
-    case Matrix::mlp_up: return Vector::mlp_up_bias;
-    case Matrix::mlp_down: return Vector::mlp_down_bias;
-    default: return Vector::count;
+    case Matrix::qkv:
+      return Vector::qkv_bias;
+    case Matrix::attn_out:
+      return Vector::attn_out_bias;
+    case Matrix::mlp_up:
+      return Vector::mlp_up_bias;
+    case Matrix::mlp_down:
+      return Vector::mlp_down_bias;
+    default:
+      return Vector::count;
   }
 }
 

@@ -86,9 +86,12 @@ void check_lt(cublasStatus_t status, const char* call) {
 
 cudaDataType_t data_type(DType type) {
   switch (type) {
-    case DType::bf16: return CUDA_R_16BF;
-    case DType::f16: return CUDA_R_16F;
-    default: return CUDA_R_32F;
+    case DType::bf16:
+      return CUDA_R_16BF;
+    case DType::f16:
+      return CUDA_R_16F;
+    default:
+      return CUDA_R_32F;
   }
 }
 
@@ -101,9 +104,12 @@ uint32_t alignment(const void* data, int64_t stride, int64_t element) {
 cublasLtEpilogue_t epilogue_of(const Product& p) {
   const bool bias = p.bias != nullptr;
   switch (p.fused) {
-    case Fused::gelu: return bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
-    case Fused::relu: return bias ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_RELU;
-    default: return bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    case Fused::gelu:
+      return bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+    case Fused::relu:
+      return bias ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_RELU;
+    default:
+      return bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
   }
 }
 
@@ -172,7 +178,8 @@ Lt::Plan& Lt::plan_for(const Product& p, const ProductSpace& space) {
   const int flags = static_cast<int>(p.type) | static_cast<int>(p.out_type) << 2 | (p.add ? 16 : 0) |
                     (p.bias != nullptr ? 32 : 0) | static_cast<int>(p.fused) << 6;
   const int64_t alignments = align_weight | int64_t{align_in} << 16 | int64_t{align_out} << 32;
-  const Key key{p.rows, p.cols, p.depth, p.batch, p.ld_in, p.ld_out, p.weight_stride, p.in_stride, p.out_stride, alignments, flags};
+  const Key key{p.rows,          p.cols,      p.depth,      p.batch,    p.ld_in, p.ld_out,
+                p.weight_stride, p.in_stride, p.out_stride, alignments, flags};
   std::unique_ptr<Plan>& slot = plans_[key];
   if (slot) return *slot;
 
@@ -200,9 +207,8 @@ Lt::Plan& Lt::plan_for(const Product& p, const ProductSpace& space) {
                  static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
   cublasLtMatmulHeuristicResult_t result{};
   int count = 0;
-  const cublasStatus_t status =
-      lt().heuristic(static_cast<cublasLtHandle_t>(handle_), plan->desc, plan->weight, plan->in, plan->out, plan->out,
-                     preference.handle, 1, &result, &count);
+  const cublasStatus_t status = lt().heuristic(static_cast<cublasLtHandle_t>(handle_), plan->desc, plan->weight,
+                                               plan->in, plan->out, plan->out, preference.handle, 1, &result, &count);
   plan->found = status == CUBLAS_STATUS_SUCCESS && count > 0 && result.state == CUBLAS_STATUS_SUCCESS;
   plan->algo = result.algo;
   slot = std::move(plan);

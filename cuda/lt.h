@@ -23,8 +23,8 @@ struct Product {
   int64_t rows = 0, cols = 0, depth = 0, batch = 1;
   int64_t ld_in = 0, ld_out = 0;
   int64_t weight_stride = 0, in_stride = 0, out_stride = 0, bias_stride = 0;
-  DType type = DType::f32;     // of weight and in
-  DType out_type = DType::f32; // `type` or f32
+  DType type = DType::f32;      // of weight and in
+  DType out_type = DType::f32;  // `type` or f32
   bool add = false;
   Fused fused = Fused::none;
 };

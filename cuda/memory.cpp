@@ -91,7 +91,9 @@ std::unique_ptr<Workspace> CudaBackend::make_workspace(int64_t slots, int64_t sl
   return made;
 }
 
-CudaWorkspace& CudaBackend::workspace_of(const Rows& residual) const { return *workspaces_.at(residual.data); }
+CudaWorkspace& CudaBackend::workspace_of(const Rows& residual) const {
+  return *workspaces_.at(residual.data);
+}
 
 bool CudaBackend::is_scratch(const Rows& rows) const {
   if (active_.scratch == nullptr) return false;
@@ -121,7 +123,9 @@ int64_t pages_of(const Cell& cell) {
   return std::ssize(cell.state->current.pages) + std::ssize(cell.state->previous.pages);
 }
 
-bool writes(const Cell& cell) { return cell.write_rows > 0 && cell.next_memory != nullptr; }
+bool writes(const Cell& cell) {
+  return cell.write_rows > 0 && cell.next_memory != nullptr;
+}
 
 int64_t mask_bytes(const Cell& cell) {
   return (cell.visible != nullptr ? cell.state->current.rows : 0) +
@@ -255,8 +259,7 @@ CudaBackend::Part CudaBackend::part_of(Groups groups) {
   return part;
 }
 
-void CudaBackend::run(Workspace& workspace, Groups groups,
-                      const std::function<void(Groups, const Scratch&)>& body) {
+void CudaBackend::run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) {
   const Entry entry(*this);
   auto& ws = static_cast<CudaWorkspace&>(workspace);
   struct Reset {

@@ -25,8 +25,8 @@ struct DevCell {
   int64_t scratch = 0;  // first row in the scratch buffers
   const char* const* cur_pages = nullptr;
   const char* const* prev_pages = nullptr;
-  const float* memory = nullptr;   // A, then z; null: never written
-  float* next_memory = nullptr;    // null: no write
+  const float* memory = nullptr;  // A, then z; null: never written
+  float* next_memory = nullptr;   // null: no write
   const uint8_t* visible = nullptr;
   const uint8_t* prev_visible = nullptr;
   int32_t rows = 0, write_rows = 0;
@@ -49,7 +49,7 @@ struct Batch {
   const DevCell* cells = nullptr;  // of the first group on
   const DevRow* rows = nullptr;
   int32_t group_count = 0, cell_count = 0;
-  int32_t cell_begin = 0;          // DevGroup::cell_begin of the first group
+  int32_t cell_begin = 0;  // DevGroup::cell_begin of the first group
   int32_t max_group_rows = 0, max_cell_rows = 0, max_keys = 0;
 };
 

@@ -14,7 +14,9 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
 }
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;");
+}
 // Waits until all but the last `pending` groups of this thread's copies are done.
 template <int pending>
 __device__ inline void wait_copies() {
@@ -45,10 +47,9 @@ __device__ inline void multiply_add<__nv_bfloat16>(float (&sum)[4], const uint32
 }
 template <>
 __device__ inline void multiply_add<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ inline uint32_t to_tf32(float x) {
@@ -65,8 +66,8 @@ __device__ inline void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Element (row, col) of a tile of `cols` 16-bit elements a row (a power of two, at least 16) in shared memory. Chunks of
-// 16 bytes are exchanged within the row, so that the eight rows of a matrix load lie in different banks.
+// Element (row, col) of a tile of `cols` 16-bit elements a row (a power of two, at least 16) in shared memory. Chunks
+// of 16 bytes are exchanged within the row, so that the eight rows of a matrix load lie in different banks.
 template <int cols>
 __device__ inline int swizzled(int row, int col) {
   constexpr int kChunks = cols / 8;

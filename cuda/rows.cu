@@ -145,7 +145,6 @@ __global__ void convert_kernel(const From* from, To* to, int64_t count) {
   if (i < count) to[i] = from_float<To>(to_float(from[i]));
 }
 
-
 template <ActivationKind kind>
 __device__ float activated(float x) {
   if constexpr (kind == ActivationKind::relu) return fmaxf(x, 0.0f);
@@ -195,10 +194,18 @@ void activate_rows(DType dtype, ActivationKind kind, const Batch& batch, const V
     const dim3 grid(static_cast<unsigned>(ceil_div(batch.max_group_rows * packs, kThreads)), batch.group_count);
     const auto launch = [&](auto kernel) { kernel<<<grid, kThreads, 0, stream>>>(batch, up, out, out.width); };
     switch (kind) {
-      case ActivationKind::gelu_tanh: launch(activate_kernel<T, ActivationKind::gelu_tanh, gated>); break;
-      case ActivationKind::gelu_erf: launch(activate_kernel<T, ActivationKind::gelu_erf, gated>); break;
-      case ActivationKind::silu: launch(activate_kernel<T, ActivationKind::silu, gated>); break;
-      case ActivationKind::relu: launch(activate_kernel<T, ActivationKind::relu, gated>); break;
+      case ActivationKind::gelu_tanh:
+        launch(activate_kernel<T, ActivationKind::gelu_tanh, gated>);
+        break;
+      case ActivationKind::gelu_erf:
+        launch(activate_kernel<T, ActivationKind::gelu_erf, gated>);
+        break;
+      case ActivationKind::silu:
+        launch(activate_kernel<T, ActivationKind::silu, gated>);
+        break;
+      case ActivationKind::relu:
+        launch(activate_kernel<T, ActivationKind::relu, gated>);
+        break;
     }
   });
   check_launch("activation");
@@ -206,9 +213,12 @@ void activate_rows(DType dtype, ActivationKind kind, const Batch& batch, const V
 
 Vector norm_bias(Vector norm) {
   switch (norm) {
-    case Vector::norm1: return Vector::norm1_bias;
-    case Vector::norm2: return Vector::norm2_bias;
-    default: return Vector::final_norm_bias;
+    case Vector::norm1:
+      return Vector::norm1_bias;
+    case Vector::norm2:
+      return Vector::norm2_bias;
+    default:
+      return Vector::final_norm_bias;
   }
 }
 
@@ -305,7 +315,8 @@ void CudaBackend::final_norm(const Rows& in, const Rows& out, int64_t count) {
   const auto eps = static_cast<float>(config_.decoder.norm_eps);
   dispatch(dtype_, [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto kernel = config_.decoder.norm == NormKind::rms ? final_norm_kernel<T, true> : final_norm_kernel<T, false>;
+    const auto kernel =
+        config_.decoder.norm == NormKind::rms ? final_norm_kernel<T, true> : final_norm_kernel<T, false>;
     kernel<<<static_cast<unsigned>(count), norm_threads(width, sizeof(T)), 0, stream()>>>(
         static_cast<const T*>(in.data), static_cast<T*>(out.data), weight, bias, width, eps);
   });
@@ -322,8 +333,8 @@ void CudaBackend::gather(const Rows& from, std::span<const int64_t> rows, const 
   dispatch(dtype_, [&](auto type) {
     using T = typename decltype(type)::type;
     gather_kernel<<<static_cast<unsigned>(rows.size()), kThreads, 0, stream()>>>(
-        static_cast<const T*>(from.data), ws.row_meta.as<DevRow>(), ws.gathered.as<int64_t>(),
-        static_cast<T*>(to.data), ws.last_meta.as<DevRow>(), static_cast<int>(from.width));
+        static_cast<const T*>(from.data), ws.row_meta.as<DevRow>(), ws.gathered.as<int64_t>(), static_cast<T*>(to.data),
+        ws.last_meta.as<DevRow>(), static_cast<int>(from.width));
   });
   check_launch("gather");
 }

@@ -20,24 +20,39 @@ struct Type {
 template <class Body>
 void dispatch(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::f32: return body(Type<float>{});
-    case DType::bf16: return body(Type<__nv_bfloat16>{});
-    case DType::f16: return body(Type<__half>{});
+    case DType::f32:
+      return body(Type<float>{});
+    case DType::bf16:
+      return body(Type<__nv_bfloat16>{});
+    case DType::f16:
+      return body(Type<__half>{});
   }
 }
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(float x) {
+  return x;
+}
+__device__ inline float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ inline float to_float(__half x) {
+  return __half2float(x);
+}
 
 template <class T>
 __device__ T from_float(float x);
 template <>
-__device__ inline float from_float<float>(float x) { return x; }
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 // Two neighbours in one register, the first in the low half.
 template <class T>
@@ -99,6 +114,8 @@ __device__ inline float block_sum(float x, float* partial) {
   return sum;
 }
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace armt::cuda

@@ -58,15 +58,16 @@ void write(char* out, int64_t index, float x, DType dtype) {
 }  // namespace
 
 const char* name_of(Matrix which) {
-  constexpr const char* kNames[] = {"qkv",       "attn_out", "mlp_up",    "mlp_down",  "mem_query", "mem_key", "mem_value",
-                                    "mem_gate", "head",     "embedding", "positions", "memory",    "sink"};
+  constexpr const char* kNames[] = {"qkv",       "attn_out",  "mlp_up",   "mlp_down", "mem_query",
+                                    "mem_key",   "mem_value", "mem_gate", "head",     "embedding",
+                                    "positions", "memory",    "sink"};
   return kNames[static_cast<size_t>(which)];
 }
 
 const char* name_of(Vector which) {
-  constexpr const char* kNames[] = {"qkv_bias",   "attn_out_bias", "mlp_up_bias", "mlp_down_bias", "mem_gate_bias",
-                                    "norm1",      "norm1_bias",    "norm2",       "norm2_bias",    "q_norm",
-                                    "k_norm",     "final_norm",    "final_norm_bias"};
+  constexpr const char* kNames[] = {"qkv_bias", "attn_out_bias", "mlp_up_bias",    "mlp_down_bias", "mem_gate_bias",
+                                    "norm1",    "norm1_bias",    "norm2",          "norm2_bias",    "q_norm",
+                                    "k_norm",   "final_norm",    "final_norm_bias"};
   return kNames[static_cast<size_t>(which)];
 }
 
@@ -74,32 +75,49 @@ Shape expected_shape(Matrix which, const ModelConfig& config) {
   const DecoderConfig& decoder = config.decoder;
   const int64_t d = decoder.d_model;
   switch (which) {
-    case Matrix::qkv: return {config.qkv_width(), d};
-    case Matrix::attn_out: return {d, config.query_width()};
-    case Matrix::mlp_up: return {decoder.gated_mlp ? 2 * decoder.d_ff : decoder.d_ff, d};
-    case Matrix::mlp_down: return {d, decoder.d_ff};
+    case Matrix::qkv:
+      return {config.qkv_width(), d};
+    case Matrix::attn_out:
+      return {d, config.query_width()};
+    case Matrix::mlp_up:
+      return {decoder.gated_mlp ? 2 * decoder.d_ff : decoder.d_ff, d};
+    case Matrix::mlp_down:
+      return {d, decoder.d_ff};
     case Matrix::mem_query:
-    case Matrix::mem_key: return {config.memory.d_mem, d};
-    case Matrix::mem_value: return {d, d};
-    case Matrix::mem_gate: return {config.gate_rows(), d};
+    case Matrix::mem_key:
+      return {config.memory.d_mem, d};
+    case Matrix::mem_value:
+      return {d, d};
+    case Matrix::mem_gate:
+      return {config.gate_rows(), d};
     case Matrix::head:
-    case Matrix::embedding: return {decoder.vocab_size, d};
-    case Matrix::positions: return {decoder.learned_positions, d};
-    case Matrix::memory: return {config.memory.memory_tokens, d};
-    case Matrix::sink: return {1, d};
-    case Matrix::count: break;
+    case Matrix::embedding:
+      return {decoder.vocab_size, d};
+    case Matrix::positions:
+      return {decoder.learned_positions, d};
+    case Matrix::memory:
+      return {config.memory.memory_tokens, d};
+    case Matrix::sink:
+      return {1, d};
+    case Matrix::count:
+      break;
   }
   return {};
 }
 
 int64_t expected_size(Vector which, const ModelConfig& config) {
   switch (which) {
-    case Vector::qkv_bias: return config.qkv_width();
-    case Vector::mlp_up_bias: return expected_shape(Matrix::mlp_up, config).rows;
-    case Vector::mem_gate_bias: return config.gate_rows();
+    case Vector::qkv_bias:
+      return config.qkv_width();
+    case Vector::mlp_up_bias:
+      return expected_shape(Matrix::mlp_up, config).rows;
+    case Vector::mem_gate_bias:
+      return config.gate_rows();
     case Vector::q_norm:
-    case Vector::k_norm: return config.decoder.head_dim;
-    default: return config.decoder.d_model;
+    case Vector::k_norm:
+      return config.decoder.head_dim;
+    default:
+      return config.decoder.d_model;
   }
 }
 

@@ -19,8 +19,12 @@ Shape expected_shape(Matrix which, const ModelConfig& config);
 int64_t expected_size(Vector which, const ModelConfig& config);
 
 // True for weights of which the model has one, not one a layer.
-inline bool belongs_to_model(Matrix which) { return which >= Matrix::head; }
-inline bool belongs_to_model(Vector which) { return which >= Vector::final_norm; }
+inline bool belongs_to_model(Matrix which) {
+  return which >= Matrix::head;
+}
+inline bool belongs_to_model(Vector which) {
+  return which >= Vector::final_norm;
+}
 
 // Rows first .. first+count-1 of the matrix, row-major, in `dtype`.
 std::vector<char> converted_rows(const HostMatrix& matrix, int64_t first, int64_t count, DType dtype);

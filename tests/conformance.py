@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from tolerances import Tolerance
 
 AnyArray: TypeAlias = npt.NDArray[Any]

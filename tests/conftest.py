@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import conformance
 import pytest
+
+import conformance
 
 if TYPE_CHECKING:
     from variants import Zoo

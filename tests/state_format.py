@@ -144,7 +144,9 @@ def write_facts(facts: dict[str, Any]) -> bytes:
     return out
 
 
-def with_payload(blocks: list[Block], kind: int, payload: bytes, layer: int = NO_LAYER) -> list[Block]:
+def with_payload(
+    blocks: list[Block], kind: int, payload: bytes, layer: int = NO_LAYER
+) -> list[Block]:
     """A copy with one block's payload replaced."""
     assert any((b.type, b.layer) == (kind, layer) for b in blocks)
     return [

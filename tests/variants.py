@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reference.random_models import RandomModel, random_model
-
 import armt
+from reference.random_models import RandomModel, random_model
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ py::array_t<T> to_array(std::vector<T>&& values, std::vector<py::ssize_t> shape)
 }
 
 // An uninitialised array, filled later without the GIL.
-inline py::array_t<float> new_array(std::vector<py::ssize_t> shape) { return py::array_t<float>(std::move(shape)); }
+inline py::array_t<float> new_array(std::vector<py::ssize_t> shape) {
+  return py::array_t<float>(std::move(shape));
+}
 
 }  // namespace armt::bindings

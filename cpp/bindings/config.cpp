@@ -27,19 +27,31 @@ constexpr Names<ActivationKind, 4> kActivations = {{{"gelu_tanh", ActivationKind
                                                     {"relu", ActivationKind::relu}}};
 constexpr Names<RopeScaling, 3> kScalings = {
     {{"none", RopeScaling::none}, {"linear", RopeScaling::linear}, {"llama3", RopeScaling::llama3}}};
-constexpr Names<Matrix, 13> kMatrices = {{{"qkv", Matrix::qkv}, {"attn_out", Matrix::attn_out},
-                                          {"mlp_up", Matrix::mlp_up}, {"mlp_down", Matrix::mlp_down},
-                                          {"mem_query", Matrix::mem_query}, {"mem_key", Matrix::mem_key},
-                                          {"mem_value", Matrix::mem_value}, {"mem_gate", Matrix::mem_gate},
-                                          {"head", Matrix::head}, {"embedding", Matrix::embedding},
-                                          {"positions", Matrix::positions}, {"memory", Matrix::memory},
+constexpr Names<Matrix, 13> kMatrices = {{{"qkv", Matrix::qkv},
+                                          {"attn_out", Matrix::attn_out},
+                                          {"mlp_up", Matrix::mlp_up},
+                                          {"mlp_down", Matrix::mlp_down},
+                                          {"mem_query", Matrix::mem_query},
+                                          {"mem_key", Matrix::mem_key},
+                                          {"mem_value", Matrix::mem_value},
+                                          {"mem_gate", Matrix::mem_gate},
+                                          {"head", Matrix::head},
+                                          {"embedding", Matrix::embedding},
+                                          {"positions", Matrix::positions},
+                                          {"memory", Matrix::memory},
                                           {"sink", Matrix::sink}}};
-constexpr Names<Vector, 13> kVectors = {{{"qkv_bias", Vector::qkv_bias}, {"attn_out_bias", Vector::attn_out_bias},
-                                         {"mlp_up_bias", Vector::mlp_up_bias}, {"mlp_down_bias", Vector::mlp_down_bias},
-                                         {"mem_gate_bias", Vector::mem_gate_bias}, {"norm1", Vector::norm1},
-                                         {"norm1_bias", Vector::norm1_bias}, {"norm2", Vector::norm2},
-                                         {"norm2_bias", Vector::norm2_bias}, {"q_norm", Vector::q_norm},
-                                         {"k_norm", Vector::k_norm}, {"final_norm", Vector::final_norm},
+constexpr Names<Vector, 13> kVectors = {{{"qkv_bias", Vector::qkv_bias},
+                                         {"attn_out_bias", Vector::attn_out_bias},
+                                         {"mlp_up_bias", Vector::mlp_up_bias},
+                                         {"mlp_down_bias", Vector::mlp_down_bias},
+                                         {"mem_gate_bias", Vector::mem_gate_bias},
+                                         {"norm1", Vector::norm1},
+                                         {"norm1_bias", Vector::norm1_bias},
+                                         {"norm2", Vector::norm2},
+                                         {"norm2_bias", Vector::norm2_bias},
+                                         {"q_norm", Vector::q_norm},
+                                         {"k_norm", Vector::k_norm},
+                                         {"final_norm", Vector::final_norm},
                                          {"final_norm_bias", Vector::final_norm_bias}}};
 
 template <class E, size_t N>
@@ -149,7 +161,9 @@ ModelConfig config_from(const py::dict& decoder, const py::dict& memory) {
   return {.decoder = decoder_from(decoder), .memory = memory_from(memory)};
 }
 
-DType dtype_from(const std::string& name) { return by_name(kDTypes, "dtype", name); }
+DType dtype_from(const std::string& name) {
+  return by_name(kDTypes, "dtype", name);
+}
 
 std::string dtype_name(DType dtype) {
   for (const auto& [name, value] : kDTypes) {
@@ -158,7 +172,11 @@ std::string dtype_name(DType dtype) {
   return "unknown";
 }
 
-Matrix matrix_from(const std::string& name) { return by_name(kMatrices, "matrix", name); }
-Vector vector_from(const std::string& name) { return by_name(kVectors, "vector", name); }
+Matrix matrix_from(const std::string& name) {
+  return by_name(kMatrices, "matrix", name);
+}
+Vector vector_from(const std::string& name) {
+  return by_name(kVectors, "vector", name);
+}
 
 }  // namespace armt::bindings

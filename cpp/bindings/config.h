@@ -10,8 +10,8 @@
 
 namespace armt::bindings {
 
-// Keys are the field names of DecoderConfig and MemoryConfig; enumerations are lower-case strings. InvalidArgument names
-// unknown keys and values.
+// Keys are the field names of DecoderConfig and MemoryConfig; enumerations are lower-case strings. InvalidArgument
+// names unknown keys and values.
 ModelConfig config_from(const pybind11::dict& decoder, const pybind11::dict& memory);
 
 DType dtype_from(const std::string& name);

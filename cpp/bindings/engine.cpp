@@ -29,7 +29,8 @@ std::shared_ptr<Engine> make_engine(const py::dict& decoder, const py::dict& mem
 
 void load_matrix(Engine& engine, const std::string& slot, int64_t layer, const py::array& array,
                  const std::string& dtype) {
-  if (array.ndim() != 2) throw CheckpointError(slot + ": found " + std::to_string(array.ndim()) + " dimensions, expected 2");
+  if (array.ndim() != 2)
+    throw CheckpointError(slot + ": found " + std::to_string(array.ndim()) + " dimensions, expected 2");
   HostMatrix matrix;
   matrix.dtype = dtype_from(dtype);
   const int64_t bytes = size_of(matrix.dtype);

@@ -33,8 +33,7 @@ py::array tensor_array(const std::shared_ptr<SafetensorsFile>& file, const std::
   const std::span<const std::byte> bytes = file->bytes(tensor);
   const py::dtype dtype = numpy_type(tensor.type);
   py::array array;
-  if (reinterpret_cast<uintptr_t>(bytes.data()) % static_cast<uintptr_t>(size_of(tensor.type)) ==
-      0) {
+  if (reinterpret_cast<uintptr_t>(bytes.data()) % static_cast<uintptr_t>(size_of(tensor.type)) == 0) {
     array = py::array(dtype, tensor.shape, bytes.data(), py::cast(file));
   } else {
     array = py::array(dtype, tensor.shape);
@@ -51,10 +50,8 @@ void bind_safetensors(py::module_& m) {
       m, "SafetensorsFile", "A memory-mapped safetensors file, checked when it is opened.")
       .def(py::init([](const py::object& path) {
              // Bytes, so that any name that the system allows gets through.
-             const auto encoded =
-                 py::module_::import("os").attr("fsencode")(path).cast<std::string>();
-             if (encoded.find('\0') != std::string::npos)
-               throw py::value_error("path: embedded null byte");
+             const auto encoded = py::module_::import("os").attr("fsencode")(path).cast<std::string>();
+             if (encoded.find('\0') != std::string::npos) throw py::value_error("path: embedded null byte");
              const py::gil_scoped_release release;
              return std::make_shared<SafetensorsFile>(encoded);
            }),
@@ -63,13 +60,11 @@ void bind_safetensors(py::module_& m) {
           "names",
           [](const SafetensorsFile& file) {
             py::list names(file.tensors().size());
-            for (size_t i = 0; i < file.tensors().size(); ++i)
-              names[i] = py::str(file.tensors()[i].name);
+            for (size_t i = 0; i < file.tensors().size(); ++i) names[i] = py::str(file.tensors()[i].name);
             return names;
           },
           "Names of all tensors, in the order of the header.")
-      .def_property_readonly("metadata", &SafetensorsFile::metadata,
-                             "The header's free text fields.")
+      .def_property_readonly("metadata", &SafetensorsFile::metadata, "The header's free text fields.")
       .def(
           "info",
           [](const SafetensorsFile& file, const std::string& name) {

@@ -47,8 +47,8 @@ struct Prepared {
   }
 };
 
-LogitsArrays run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows, const std::string& logits,
-                  bool one_segment, bool write, bool grow, const py::object& progress) {
+LogitsArrays run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows,
+                      const std::string& logits, bool one_segment, bool write, bool grow, const py::object& progress) {
   if (rows.empty()) return {};
   const LogitsWanted wanted = logits_from(logits);
   Prepared prepared;
@@ -78,8 +78,8 @@ LogitsArrays run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::
 
 // The stateless call of one row each: cuts and mask as given, an own session a row.
 LogitsArrays forward(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows,
-                 const std::vector<std::vector<int64_t>>& cuts, const std::vector<py::bytes>& attention,
-                 const std::string& logits, bool close_last, bool windowed, const py::object& progress) {
+                     const std::vector<std::vector<int64_t>>& cuts, const std::vector<py::bytes>& attention,
+                     const std::string& logits, bool close_last, bool windowed, const py::object& progress) {
   const LogitsWanted wanted = logits_from(logits);
   Prepared prepared;
   prepared.ids.reserve(rows.size());
@@ -164,20 +164,22 @@ void bind_session(py::module_& m) {
   py::class_<Session, std::shared_ptr<Session>>(m, "Session", "One stream over a shared engine.")
       .def(py::init(&new_session), py::arg("engine"))
       .def(py::init(&continued_session), py::arg("engine"), py::arg("state"))
-      .def("close_segment",
-           [](Session& session, const py::object& progress) {
-             const RunHooks hooks = make_hooks(progress);
-             py::gil_scoped_release release;
-             session.close_segment(hooks);
-           },
-           py::arg("progress") = py::none())
+      .def(
+          "close_segment",
+          [](Session& session, const py::object& progress) {
+            const RunHooks hooks = make_hooks(progress);
+            py::gil_scoped_release release;
+            session.close_segment(hooks);
+          },
+          py::arg("progress") = py::none())
       .def("reset", &Session::reset)
       .def("close", &Session::close)
       .def("fork", [](const Session& session) { return std::shared_ptr<Session>(session.fork()); })
       .def("set_seed", &Session::set_seed, py::arg("seed"))
       .def("snapshot", [](const Session& session) { return PyState(session.snapshot()); })
-      .def("rollback", [](Session& session, const PyState& state) { session.rollback(state.snapshot()); },
-           py::arg("state"))
+      .def(
+          "rollback", [](Session& session, const PyState& state) { session.rollback(state.snapshot()); },
+          py::arg("state"))
       .def("last_logits", &last_logits)
       .def("score", &score, py::arg("tokens"), py::arg("write"), py::arg("progress") = py::none())
       .def_property_readonly("closed", &Session::closed)

@@ -130,8 +130,7 @@ py::object write_statistics(const PyState& state, int64_t layer) {
     return state.memory(layer);
   }();
   if (!values.written) return py::none();
-  constexpr std::array<const char*, kWriteStats> kNames = {"mean_gamma", "min_gamma", "max_gamma",
-                                                           "mean_beta"};
+  constexpr std::array<const char*, kWriteStats> kNames = {"mean_gamma", "min_gamma", "max_gamma", "mean_beta"};
   py::dict result;
   for (size_t i = 0; i < kNames.size(); ++i) result[kNames[i]] = values.statistics[i];
   return result;
@@ -189,14 +188,13 @@ py::dict facts(const PyState& state) {
 
 std::string describe(const PyState& state) {
   return state.with_members([&](const auto& s) {
-    return "<armt.State tokens=" + std::to_string(s.tokens) +
-           " segments=" + std::to_string(s.closed_segments) + " bytes=" + std::to_string(state.bytes()) + ">";
+    return "<armt.State tokens=" + std::to_string(s.tokens) + " segments=" + std::to_string(s.closed_segments) +
+           " bytes=" + std::to_string(state.bytes()) + ">";
   });
 }
 
 void bind_files(py::class_<PyState>& state) {
-  state
-      .def("to_bytes", &to_bytes, "The whole state in the documented state file format.")
+  state.def("to_bytes", &to_bytes, "The whole state in the documented state file format.")
       .def_static("from_bytes", &from_bytes, py::arg("data"),
                   "The reverse of to_bytes; StateError for anything that is not whole and unchanged.")
       .def("save", &save, py::arg("path"),
@@ -211,8 +209,9 @@ void bind_inspection(py::class_<PyState>& state) {
       .def("memory", &memory, py::arg("layer"),
            "(A, z): A [heads, features, values] and z [heads, features] float32, zeros before the first write. z is "
            "None in a model without a denominator; for RMT A is empty.")
-      .def("written", [](const PyState& s, int64_t layer) { return s.memory_written(layer); }, py::arg("layer"),
-           "Whether the layer's memory was ever written.")
+      .def(
+          "written", [](const PyState& s, int64_t layer) { return s.memory_written(layer); }, py::arg("layer"),
+          "Whether the layer's memory was ever written.")
       .def("write_statistics", &write_statistics, py::arg("layer"),
            "mean_gamma, min_gamma, max_gamma and mean_beta of the last write, or None before the first.")
       .def("recall", &recall, py::arg("layer"), py::arg("features"),
@@ -226,8 +225,9 @@ void bind_inspection(py::class_<PyState>& state) {
 
 const Snapshot& PyState::snapshot() const {
   if (const auto* snapshot = std::get_if<Snapshot>(&value_)) return *snapshot;
-  throw StateError("rollback: the state was loaded from bytes or a file, expected a checkpoint of this session; to "
-                   "continue from it, make a session with engine.session(state=...)");
+  throw StateError(
+      "rollback: the state was loaded from bytes or a file, expected a checkpoint of this session; to "
+      "continue from it, make a session with engine.session(state=...)");
 }
 
 StreamState PyState::stream(Engine& engine) const {
@@ -250,8 +250,7 @@ StateFacts PyState::facts() const {
 void PyState::check_layer(int64_t layer) const {
   const int64_t layers = config().decoder.n_layers;
   if (layer >= 0 && layer < layers) return;
-  throw InvalidArgument("layer: found " + std::to_string(layer) + ", expected 0 .. " +
-                        std::to_string(layers - 1));
+  throw InvalidArgument("layer: found " + std::to_string(layer) + ", expected 0 .. " + std::to_string(layers - 1));
 }
 
 bool PyState::memory_written(int64_t layer) const {
@@ -284,15 +283,13 @@ void bind_state(py::module_& m) {
   bind_files(state);
   bind_inspection(state);
   const auto member = [&state](const char* name, auto pointer_of, const char* help) {
-    state.def_property_readonly(
-        name, [pointer_of](const PyState& s) { return s.with_members(pointer_of); }, help);
+    state.def_property_readonly(name, [pointer_of](const PyState& s) { return s.with_members(pointer_of); }, help);
   };
   member("tokens", [](const auto& s) { return s.tokens; }, "Tokens read, fed and generated.");
   member("segments", [](const auto& s) { return s.closed_segments; }, "Segments written to memory.");
   member("version", [](const auto& s) { return s.version; }, "Counts the calls that changed the stream.");
   member("layers", [](const auto& s) { return static_cast<int64_t>(s.layers.size()); }, "Layers of the model.");
-  state
-      .def_property_readonly("open_tokens", &open_tokens, "[tokens] int32: ids of the open segment.")
+  state.def_property_readonly("open_tokens", &open_tokens, "[tokens] int32: ids of the open segment.")
       .def_property_readonly("nbytes", &PyState::bytes,
                              "Bytes that the state holds, on its device or in host memory, shared or not.")
       .def_property_readonly("facts", &facts,

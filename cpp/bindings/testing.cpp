@@ -81,11 +81,10 @@ struct Call {
 
 class Operations {
  public:
-  Operations(const py::dict& decoder, const py::dict& memory, int64_t threads,
-             const std::string& isa, const std::string& weight_dtype)
+  Operations(const py::dict& decoder, const py::dict& memory, int64_t threads, const std::string& isa,
+             const std::string& weight_dtype)
       : config_(config_from(decoder, memory)),
-        backend_(config_,
-                 {.weight_dtype = dtype_from(weight_dtype), .threads = threads, .isa = isa}) {
+        backend_(config_, {.weight_dtype = dtype_from(weight_dtype), .threads = threads, .isa = isa}) {
     backend_.set_poison(true);
   }
 
@@ -103,8 +102,8 @@ class Operations {
     backend_.load(matrix_from(name), layer, matrix);
   }
 
-  FloatArray memory_read(const FloatArray& x, const std::vector<std::optional<Memory>>& memories,
-                         const Counts& counts, int64_t layer) {
+  FloatArray memory_read(const FloatArray& x, const std::vector<std::optional<Memory>>& memories, const Counts& counts,
+                         int64_t layer) {
     Call call(counts, layer);
     std::vector<LayerState> states = states_of(call, memories);
     FloatArray out = copy_of(x);
@@ -114,17 +113,15 @@ class Operations {
   }
 
   // For each cell: A, z, statistics.
-  py::list memory_write(const FloatArray& y, const std::vector<std::optional<Memory>>& memories,
-                        const Counts& counts, const Counts& write_rows, bool in_place,
-                        int64_t layer) {
+  py::list memory_write(const FloatArray& y, const std::vector<std::optional<Memory>>& memories, const Counts& counts,
+                        const Counts& write_rows, bool in_place, int64_t layer) {
     Call call(counts, layer);
     check(write_rows.size() == counts.size(), "write_rows: expected one for each cell");
     std::vector<LayerState> states = states_of(call, memories);
     std::vector<BlockRef> written;
     for (size_t i = 0; i < states.size(); ++i) {
       const bool reuse = in_place && states[i].memory.written();
-      written.push_back(reuse ? states[i].memory.block
-                              : backend_.allocate(association_bytes(config_)));
+      written.push_back(reuse ? states[i].memory.block : backend_.allocate(association_bytes(config_)));
       call.cells[i].write_rows = write_rows[i];
       call.cells[i].next_memory = written[i].get();
     }
@@ -145,8 +142,7 @@ class Operations {
     std::vector<cpu::Feature> found(features);
     std::vector<float> scratch(cpu::features_scratch(n, rolls));
     for (int64_t r = 0; r < x.shape(0); ++r) {
-      const int64_t count =
-          backend_.kernels().features(x.data(r), n, rolls, found.data(), scratch.data());
+      const int64_t count = backend_.kernels().features(x.data(r), n, rolls, found.data(), scratch.data());
       for (int64_t i = 0; i < count; ++i) out.mutable_data(r)[found[i].index] = found[i].value;
     }
     return out;
@@ -183,15 +179,13 @@ class Operations {
                     const std::vector<std::optional<Flags>>& prev_visible, int64_t layer) {
     Call call(counts, layer);
     set_caches(call, caches);
-    check(visible.size() == caches.size() && prev_visible.size() == caches.size(),
-          "visible: one for each cell");
+    check(visible.size() == caches.size() && prev_visible.size() == caches.size(), "visible: one for each cell");
     for (size_t i = 0; i < caches.size(); ++i) {
       const LayerState& state = caches[i]->state;
       call.cells[i].visible = flags_of(visible[i], state.current.rows);
       call.cells[i].prev_visible = flags_of(prev_visible[i], state.previous.rows);
     }
-    check(sights.ndim() == 2 && sights.shape(0) == std::ssize(call.rows) && sights.shape(1) == 6,
-          "sights: [R, 6]");
+    check(sights.ndim() == 2 && sights.shape(0) == std::ssize(call.rows) && sights.shape(1) == 6, "sights: [R, 6]");
     for (int64_t r = 0; r < std::ssize(call.rows); ++r) {
       const int64_t* sight = sights.data(r);
       Row& row = call.rows[r];
@@ -211,16 +205,14 @@ class Operations {
 
   py::tuple export_kv(const Cache& cache, bool previous) {
     const KvCache& source = previous ? cache.state.previous : cache.state.current;
-    const std::vector<py::ssize_t> shape{source.rows, config_.decoder.n_kv_heads,
-                                         config_.decoder.head_dim};
+    const std::vector<py::ssize_t> shape{source.rows, config_.decoder.n_kv_heads, config_.decoder.head_dim};
     FloatArray k(shape), v(shape);
     backend_.export_kv(source, k.mutable_data(), v.mutable_data());
     return py::make_tuple(k, v);
   }
 
   void import_kv(Cache& cache, const FloatArray& k, const FloatArray& v) {
-    const std::vector<py::ssize_t> shape{k.shape(0), config_.decoder.n_kv_heads,
-                                         config_.decoder.head_dim};
+    const std::vector<py::ssize_t> shape{k.shape(0), config_.decoder.n_kv_heads, config_.decoder.head_dim};
     check(shape_of(k) == shape && shape_of(v) == shape, "keys and values: expected [rows, Hkv, c]");
     cache.state.current = {};
     reserve_rows(backend_, cache.state.current, k.shape(0));
@@ -238,8 +230,7 @@ class Operations {
   }
 
   static void check_rows(const FloatArray& rows, const Call& call) {
-    check(rows.ndim() == 2 && rows.shape(0) == std::ssize(call.rows),
-          "rows: expected as many as the counts say");
+    check(rows.ndim() == 2 && rows.shape(0) == std::ssize(call.rows), "rows: expected as many as the counts say");
   }
 
   static void set_positions(Call& call, const Numbers& positions) {
@@ -252,8 +243,7 @@ class Operations {
     for (size_t i = 0; i < caches.size(); ++i) call.cells[i].state = &caches[i]->state;
   }
 
-  std::vector<LayerState> states_of(Call& call,
-                                    const std::vector<std::optional<Memory>>& memories) {
+  std::vector<LayerState> states_of(Call& call, const std::vector<std::optional<Memory>>& memories) {
     check(memories.size() == call.cells.size(), "memories: expected one for each cell");
     std::vector<LayerState> states(memories.size());
     for (size_t i = 0; i < memories.size(); ++i) {
@@ -263,22 +253,18 @@ class Operations {
     return states;
   }
 
-  int64_t matrix_floats() const {
-    return config_.memory.n_heads * config_.features() * config_.value_dim();
-  }
+  int64_t matrix_floats() const { return config_.memory.n_heads * config_.features() * config_.value_dim(); }
   int64_t normaliser_floats() const {
     return config_.memory.use_denom ? config_.memory.n_heads * config_.features() : 0;
   }
 
   BlockRef upload_memory(const Memory& memory) {
     check(memory.first.size() == matrix_floats(), "A: expected [h, F, E]");
-    check((memory.second ? memory.second->size() : 0) == normaliser_floats(),
-          "z: expected [h, F], or None");
+    check((memory.second ? memory.second->size() : 0) == normaliser_floats(), "z: expected [h, F], or None");
     BlockRef block = backend_.allocate(association_bytes(config_));
     const auto bytes = matrix_floats() * static_cast<int64_t>(sizeof(float));
     backend_.upload(*block, 0, memory.first.data(), bytes);
-    if (memory.second)
-      backend_.upload(*block, bytes, memory.second->data(), memory.second->nbytes());
+    if (memory.second) backend_.upload(*block, bytes, memory.second->data(), memory.second->nbytes());
     return block;
   }
 
@@ -290,11 +276,9 @@ class Operations {
     if (config_.memory.use_denom) {
       backend_.download(block, matrix.nbytes(), normaliser.mutable_data(), normaliser.nbytes());
     }
-    const auto behind =
-        (matrix_floats() + normaliser_floats()) * static_cast<int64_t>(sizeof(float));
+    const auto behind = (matrix_floats() + normaliser_floats()) * static_cast<int64_t>(sizeof(float));
     backend_.download(block, behind, stats.mutable_data(), stats.nbytes());
-    return py::make_tuple(matrix, config_.memory.use_denom ? py::object(normaliser) : py::none(),
-                          stats);
+    return py::make_tuple(matrix, config_.memory.use_denom ? py::object(normaliser) : py::none(), stats);
   }
 
   ModelConfig config_;
@@ -304,35 +288,29 @@ class Operations {
 }  // namespace
 
 void bind_testing(py::module_& m) {
-  py::module_ testing =
-      m.def_submodule("testing", "Single operations of the CPU backend, for tests.");
+  py::module_ testing = m.def_submodule("testing", "Single operations of the CPU backend, for tests.");
   testing.def("available_isas", &cpu::available_isas);
   py::class_<Cache>(testing, "Cache", "Keys and values of one stream at one layer.")
       .def(py::init<>())
       .def_property_readonly("rows", [](const Cache& cache) { return cache.state.current.rows; })
-      .def_property_readonly("previous_rows",
-                             [](const Cache& cache) { return cache.state.previous.rows; })
+      .def_property_readonly("previous_rows", [](const Cache& cache) { return cache.state.previous.rows; })
       .def("roll", &Cache::roll, py::arg("keep"));
-  py::class_<Operations>(testing, "Operations",
-                         "A CPU backend whose allocations are filled with NaN.")
-      .def(py::init<const py::dict&, const py::dict&, int64_t, const std::string&,
-                    const std::string&>(),
-           py::arg("decoder"), py::arg("memory"), py::kw_only(), py::arg("threads") = 1,
-           py::arg("isa") = "", py::arg("weight_dtype") = "float32")
+  py::class_<Operations>(testing, "Operations", "A CPU backend whose allocations are filled with NaN.")
+      .def(py::init<const py::dict&, const py::dict&, int64_t, const std::string&, const std::string&>(),
+           py::arg("decoder"), py::arg("memory"), py::kw_only(), py::arg("threads") = 1, py::arg("isa") = "",
+           py::arg("weight_dtype") = "float32")
       .def_property_readonly("isa", &Operations::isa)
       .def("load", &Operations::load, py::arg("name"), py::arg("layer"), py::arg("values"))
-      .def("memory_read", &Operations::memory_read, py::arg("x"), py::arg("memories"),
-           py::arg("counts"), py::arg("layer") = 0)
-      .def("memory_write", &Operations::memory_write, py::arg("y"), py::arg("memories"),
-           py::arg("counts"), py::arg("write_rows"), py::arg("in_place") = false,
+      .def("memory_read", &Operations::memory_read, py::arg("x"), py::arg("memories"), py::arg("counts"),
            py::arg("layer") = 0)
+      .def("memory_write", &Operations::memory_write, py::arg("y"), py::arg("memories"), py::arg("counts"),
+           py::arg("write_rows"), py::arg("in_place") = false, py::arg("layer") = 0)
       .def("feature_map", &Operations::feature_map, py::arg("x"), py::arg("rolls"))
-      .def("rotate_queries", &Operations::rotate_queries, py::arg("qkv"), py::arg("positions"),
-           py::arg("layer") = 0)
+      .def("rotate_queries", &Operations::rotate_queries, py::arg("qkv"), py::arg("positions"), py::arg("layer") = 0)
       .def("store_kv", &Operations::store_kv, py::arg("caches"), py::arg("counts"), py::arg("qkv"),
            py::arg("positions"), py::arg("layer") = 0)
-      .def("attend", &Operations::attend, py::arg("caches"), py::arg("counts"), py::arg("qkv"),
-           py::arg("sights"), py::arg("visible"), py::arg("prev_visible"), py::arg("layer") = 0)
+      .def("attend", &Operations::attend, py::arg("caches"), py::arg("counts"), py::arg("qkv"), py::arg("sights"),
+           py::arg("visible"), py::arg("prev_visible"), py::arg("layer") = 0)
       .def("export_kv", &Operations::export_kv, py::arg("cache"), py::arg("previous") = false)
       .def("import_kv", &Operations::import_kv, py::arg("cache"), py::arg("k"), py::arg("v"));
 }

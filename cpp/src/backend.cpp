@@ -22,8 +22,7 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
   }
   if (options.device == "cpu") return make_cpu_backend(config, options);
   if (is_cuda(options.device)) return make_cuda_backend(config, options);
-  throw InvalidArgument("device: found '" + options.device +
-                        "', expected 'cpu', 'cuda', 'cuda:<number>' or 'auto'");
+  throw InvalidArgument("device: found '" + options.device + "', expected 'cpu', 'cuda', 'cuda:<number>' or 'auto'");
 }
 
 }  // namespace armt

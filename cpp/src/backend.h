@@ -5,7 +5,8 @@
 // F features per memory head, E = D / h values per memory head, S segment_size.
 //
 // Contract of every operation: a row's result depends on that row, its stream's state and the weights only; never on
-// the rows beside it, on the number of threads or on how rows are grouped. On the CPU in float32 this holds bit for bit.
+// the rows beside it, on the number of threads or on how rows are grouped. On the CPU in float32 this holds bit for
+// bit.
 #pragma once
 
 #include <atomic>
@@ -20,7 +21,7 @@
 
 namespace armt {
 
-// ---------------------------------------------------------------------------------------------------- weights
+// ---- weights
 
 // A matrix in host memory, [rows, cols] with strides in elements, so that a transposed view needs no copy.
 struct HostMatrix {
@@ -50,14 +51,23 @@ enum class Matrix : uint8_t {
 
 // Vectors are float32.
 enum class Vector : uint8_t {
-  qkv_bias, attn_out_bias, mlp_up_bias, mlp_down_bias, mem_gate_bias,
-  norm1, norm1_bias, norm2, norm2_bias,
-  q_norm, k_norm,          // [c], shared by the heads
-  final_norm, final_norm_bias,  // layer 0
+  qkv_bias,
+  attn_out_bias,
+  mlp_up_bias,
+  mlp_down_bias,
+  mem_gate_bias,
+  norm1,
+  norm1_bias,
+  norm2,
+  norm2_bias,
+  q_norm,
+  k_norm,  // [c], shared by the heads
+  final_norm,
+  final_norm_bias,  // layer 0
   count
 };
 
-// ------------------------------------------------------------------------------------------------------ state
+// ---- state
 
 // Device memory with shared ownership; copies of a state share blocks until one of them writes.
 struct Block {
@@ -67,7 +77,9 @@ struct Block {
   Block() = default;
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
-  ~Block() { if (release) release(*this); }
+  ~Block() {
+    if (release) release(*this);
+  }
 };
 using BlockRef = std::shared_ptr<Block>;
 
@@ -101,7 +113,7 @@ struct LayerState {
   KvCache previous;  // sliding window: token rows of the segment before
 };
 
-// ------------------------------------------------------------------------------------------------------- work
+// ---- work
 
 // How one row enters the model and what it sees. It sees rows [prev_begin, end) of the previous segment's cache and
 // rows [cur_begin, cur_end) of the current one, less padded rows unless sees_padding
@@ -123,11 +135,11 @@ struct Row {
 struct Cell {
   int64_t row_begin = 0;  // first row, absolute index into the activation buffers
   int64_t row_count = 0;
-  int64_t write_rows = 0;              // trailing rows that write the memory; 0: no write
-  int64_t kv_begin = 0;                // index in state->current of this cell's first row
+  int64_t write_rows = 0;  // trailing rows that write the memory; 0: no write
+  int64_t kv_begin = 0;    // index in state->current of this cell's first row
   LayerState* state = nullptr;
-  Block* next_memory = nullptr;        // where the write puts A, z, statistics; may be state->memory's own block
-  const Block* carried = nullptr;      // RMT: memory vectors [m, D] float32 in place of the learned ones, or null
+  Block* next_memory = nullptr;           // where the write puts A, z, statistics; may be state->memory's own block
+  const Block* carried = nullptr;         // RMT: memory vectors [m, D] float32 in place of the learned ones, or null
   const uint8_t* visible = nullptr;       // [state->current.rows], 0 = padded; null: all visible
   const uint8_t* prev_visible = nullptr;  // [state->previous.rows], likewise
 };
@@ -201,8 +213,7 @@ class Backend {
   virtual std::unique_ptr<Workspace> make_workspace(int64_t slots, int64_t slot_rows) = 0;
   // Runs `body` over all groups, either at once or split (one group a call, several calls at the same time), each with
   // scratch of its own. The groups are independent of one another.
-  virtual void run(Workspace& workspace, Groups groups,
-                   const std::function<void(Groups, const Scratch&)>& body) = 0;
+  virtual void run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) = 0;
 
   // ---- operations; rows of `groups`, in place or from one buffer to another
   // out = embedding (+ position row) of each row; sink and memory vectors likewise.
@@ -216,8 +227,8 @@ class Backend {
   // out = norm(in), weights norm1 or norm2 of each group's layer.
   virtual void norm(Vector which, Groups groups, const Rows& in, const Rows& out) = 0;
   // out[:, c0:c1] = epilogue(in W[c0:c1]^T + b[c0:c1]); c1 < 0: all columns. A backend may compute more columns.
-  virtual void linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue,
-                      int64_t c0 = 0, int64_t c1 = -1) = 0;
+  virtual void linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0 = 0,
+                      int64_t c1 = -1) = 0;
   // Query heads of `qkv` in place: [RMS norm], rotation by each row's position.
   virtual void rotate_queries(Groups groups, const Rows& qkv) = 0;
   // Key heads of `qkv` [normed] and rotated, value heads as they are, into each cell's cache at kv_begin; the pages are

@@ -1,6 +1,5 @@
 #include "armt/config.h"
 
-
 #include "armt/error.h"
 
 namespace armt {
@@ -34,18 +33,17 @@ void check_decoder(const DecoderConfig& d, Faults& faults) {
   faults.positive("head_dim", d.head_dim);
   faults.positive("d_ff", d.d_ff);
   faults.require(d.n_layers <= 4096, "n_layers: found " + std::to_string(d.n_layers) + ", expected at most 4096");
-  faults.require(d.n_kv_heads <= 0 || d.n_heads % d.n_kv_heads == 0,
-                 "n_heads: found " + std::to_string(d.n_heads) + ", expected a multiple of n_kv_heads " +
-                     std::to_string(d.n_kv_heads));
+  faults.require(d.n_kv_heads <= 0 || d.n_heads % d.n_kv_heads == 0, "n_heads: found " + std::to_string(d.n_heads) +
+                                                                         ", expected a multiple of n_kv_heads " +
+                                                                         std::to_string(d.n_kv_heads));
   faults.require(d.rotary_dims >= 0 && d.rotary_dims <= d.head_dim && d.rotary_dims % 2 == 0,
-                 "rotary_dims: found " + std::to_string(d.rotary_dims) +
-                     ", expected an even number up to head_dim " + std::to_string(d.head_dim));
+                 "rotary_dims: found " + std::to_string(d.rotary_dims) + ", expected an even number up to head_dim " +
+                     std::to_string(d.head_dim));
   faults.require(d.learned_positions >= 0, "learned_positions: found a negative number");
   faults.require(d.norm_eps >= 0.0 && d.norm_eps < 1.0, "norm_eps: expected a number in [0, 1)");
   faults.require(d.rope_theta > 0.0, "rope_theta: expected a positive number");
   faults.require(d.rope_factor > 0.0, "rope_factor: expected a positive number");
-  faults.require(d.attention_scale >= 0.0 && d.attention_scale < 1e6,
-                 "attention_scale: expected a number in [0, 1e6)");
+  faults.require(d.attention_scale >= 0.0 && d.attention_scale < 1e6, "attention_scale: expected a number in [0, 1e6)");
 }
 
 void check_memory(const DecoderConfig& d, const MemoryConfig& m, const ModelConfig& c, Faults& faults) {
@@ -60,9 +58,8 @@ void check_memory(const DecoderConfig& d, const MemoryConfig& m, const ModelConf
     if (m.n_heads >= 1) {
       faults.require(m.d_mem % m.n_heads == 0, "d_mem " + std::to_string(m.d_mem) + " is not divisible by " +
                                                    std::to_string(m.n_heads) + " memory heads");
-      faults.require(d.d_model % m.n_heads == 0, "d_model " + std::to_string(d.d_model) +
-                                                     " is not divisible by " + std::to_string(m.n_heads) +
-                                                     " memory heads");
+      faults.require(d.d_model % m.n_heads == 0, "d_model " + std::to_string(d.d_model) + " is not divisible by " +
+                                                     std::to_string(m.n_heads) + " memory heads");
     }
   }
   if (m.dialect == Dialect::paper) {
@@ -76,10 +73,9 @@ void check_memory(const DecoderConfig& d, const MemoryConfig& m, const ModelConf
   faults.require(!m.wrap_positions || m.dialect != Dialect::inner, "the inner loop has no wrap_pos: turn it off");
   if (d.learned_positions > 0 && m.segment_size > 0) {
     const int64_t limit = c.segment_limit();
-    faults.require(limit >= m.segment_size,
-                   "segment_size: found " + std::to_string(m.segment_size) + ", but the position table of " +
-                       std::to_string(d.learned_positions) + " rows holds segments of " + std::to_string(limit) +
-                       " tokens at most");
+    faults.require(limit >= m.segment_size, "segment_size: found " + std::to_string(m.segment_size) +
+                                                ", but the position table of " + std::to_string(d.learned_positions) +
+                                                " rows holds segments of " + std::to_string(limit) + " tokens at most");
   }
 }
 

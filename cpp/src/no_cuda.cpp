@@ -9,9 +9,8 @@ int cuda_device_count() {
 }
 
 std::unique_ptr<Backend> make_cuda_backend(const ModelConfig&, const BackendOptions& options) {
-  throw DeviceError(
-      "device: found '" + options.device +
-      "', but this build has no CUDA; use device='cpu', or install a build made with ARMT_CUDA=ON");
+  throw DeviceError("device: found '" + options.device +
+                    "', but this build has no CUDA; use device='cpu', or install a build made with ARMT_CUDA=ON");
 }
 
 }  // namespace armt

@@ -196,9 +196,7 @@ class Engine:
         total = sum(len(ids) for _, ids in pairs)
         with reporting(progress, total=total) as report:
             outputs = _core.run_many(pairs, logits, one_segment, write, False, report)
-        return [
-            StepOutput(out, len(ids)) for out, (_, ids) in zip(outputs, pairs, strict=True)
-        ]
+        return [StepOutput(out, len(ids)) for out, (_, ids) in zip(outputs, pairs, strict=True)]
 
     def generate_many(
         self,
@@ -253,9 +251,7 @@ class Engine:
             for i, (token, _) in zip(active, choices, strict=True):
                 results[i].append(token)
             active = [
-                i
-                for i, (token, _) in zip(active, choices, strict=True)
-                if not stops[i].hit(token)
+                i for i, (token, _) in zip(active, choices, strict=True) if not stops[i].hit(token)
             ]
         return results
 
@@ -287,9 +283,7 @@ class Engine:
         """
         ids = _as_batch(input_ids)
         masks = _as_masks(attention_mask, ids)
-        cuts = segment_lengths(
-            ids.shape[1], self.segment_size, self._checkpoint.segment_alignment
-        )
+        cuts = segment_lengths(ids.shape[1], self.segment_size, self._checkpoint.segment_alignment)
         cores = [_core.Session(self._core) for _ in ids]
         with reporting(progress, total=ids.size) as report:
             outputs = _core.forward(

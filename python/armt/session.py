@@ -87,7 +87,7 @@ class StopRule:
 
 
 class Generation(Iterator[int]):
-    """Yields generated tokens one by one; a token has been read into the session when it is yielded."""
+    """Yields generated tokens; a token has been read into the session when it is yielded."""
 
     def __init__(
         self,
@@ -116,9 +116,7 @@ class Generation(Iterator[int]):
             raise StopIteration
         core = self._session._core
         ((token, logprob),) = _core.choose([core], self._params)
-        _core.run_many(
-            [(core, np.array([token], np.int32))], "none", False, True, self._grow, None
-        )
+        _core.run_many([(core, np.array([token], np.int32))], "none", False, True, self._grow, None)
         self._left -= 1
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -194,9 +192,7 @@ class Session:
         """
         ids = as_ids(tokens)
         with reporting(progress, total=len(ids)) as report:
-            (out,) = _core.run_many(
-                [(self._core, ids)], logits, False, write, False, report
-            )
+            (out,) = _core.run_many([(self._core, ids)], logits, False, write, False, report)
         return StepOutput(out, len(ids))
 
     def step(self, segment: TokenIds, *, logits: Logits = "last", write: bool = True) -> StepOutput:

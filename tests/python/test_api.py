@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from variants import VARIANTS, Zoo
 
 import armt
+from variants import VARIANTS, Zoo
 
 GPT2 = VARIANTS[0]
 
@@ -286,7 +286,7 @@ def test_the_generator_is_the_same_on_every_platform() -> None:
         assert _core.uniform(seed, index) == mix(seed, index)
     draws = [_core.uniform(7, i) for i in range(20_000)]
     assert abs(np.mean(draws) - 0.5) < 0.01
-    assert 0 <= min(draws) and max(draws) < 1
+    assert min(draws) >= 0 and max(draws) < 1
 
 
 def test_stop_rules(engine: armt.Engine) -> None:
@@ -413,7 +413,7 @@ def test_ctrl_c_leaves_the_session_as_it_was(zoo: Zoo) -> None:
 
 
 def test_resident_memory_is_flat(zoo: Zoo) -> None:
-    """1,000,000 tokens through a small model: peak memory from 50,000 tokens on grows by 1% at most."""
+    """1,000,000 tokens through a small model: peak memory grows by 1% at most after 50,000."""
     zoo.model(GPT2)
     program = textwrap.dedent(
         f"""

@@ -7,16 +7,17 @@ Both schedules, one and two threads; the worst errors of each case are printed a
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import CaseReport
-from conformance import Case
-from tolerances import assert_close, worst_difference
 
 import armt
+from conformance import Case
+from conftest import CaseReport
+from tolerances import assert_close, worst_difference
 
 
 def load(case: Case, **options: Any) -> armt.Engine:
@@ -94,7 +95,7 @@ def test_streaming_equals_the_published_forward(conformance_case: Case) -> None:
     whole = engine.forward(ids)
     session = engine.session()
     cuts = [0, 1, len(ids) // 3, len(ids) // 2, len(ids)]
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         if end > begin:
             out = session.feed(ids[begin:end], logits="last")
     session.close_segment()

@@ -7,6 +7,7 @@ Skipped where no GPU can be used.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import CaseReport
-from conformance import Case
-from tolerances import Tolerance, assert_close, tolerance, worst_difference
-from variants import VARIANTS, Variant, Zoo
 
 import armt
 from armt import _core
+from conformance import Case
+from conftest import CaseReport
+from tolerances import Tolerance, assert_close, tolerance, worst_difference
+from variants import VARIANTS, Variant, Zoo
 
 pytestmark = pytest.mark.skipif(_core.cuda_device_count() == 0, reason="no GPU can be used here")
 
@@ -214,7 +215,7 @@ def test_pieces_equal_the_whole(zoo: Zoo, variant: Variant, dtype: str) -> None:
     session = engine.session()
     parts = []
     cuts = [0, 1, 2, 60, 149, 150, 151, 310, 311, 480, 500]
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         part = session.feed(ids[begin:end], logits="all").logits
         assert part is not None
         parts.append(part)

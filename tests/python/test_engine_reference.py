@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from reference import forward, generate
 from reference.random_models import RandomModel
 from reference.sensitivity import rounding_sensitivity
 from tolerances import Tolerance, assert_close, measured_bound
 from variants import VARIANTS, Variant, Zoo
+
 
 def limits(model: RandomModel, ids: Any, mask: Any = None) -> tuple[Tolerance, Tolerance]:
     """Of logits (absolute) and of the state (relative): what rounding does to this very model."""

@@ -1,16 +1,17 @@
-"""The same answer, bit for bit (CPU, float32), whichever way the input is cut, batched or scheduled."""
+"""The same answer, bit for bit (CPU, float32), however the input is cut, batched or scheduled."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from variants import VARIANTS, Variant, Zoo
 
 import armt
+from variants import VARIANTS, Variant, Zoo
 
 VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 SEGMENTS = 20
@@ -33,7 +34,7 @@ def read_in_pieces(
 ) -> tuple[npt.NDArray[np.float32], armt.Session]:
     session = engine.session()
     parts = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         out = session.feed(ids[begin:end], logits="all")
         assert out.logits is not None
         parts.append(out.logits)

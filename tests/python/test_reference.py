@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from conformance import Case, FeatureMapCase, UnitStep
 from reference import forward, generate, load_folder, load_hf_folder, smallest_margin
 from reference.arrays import as_float64

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from reference import forward, load_folder
 from reference.arrays import Array
 from reference.checkpoint import merge_adapter_folder, merge_inner_lora, read_weights

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from reference.decoder import rotary_frequencies, rotate
 from reference.features import feature_map
 from reference.memory import MemoryMaps, MemoryRule, empty_memory, read, write

@@ -14,7 +14,9 @@ enum class ActivationKind : uint8_t { gelu_tanh, gelu_erf, silu, relu };
 enum class RopeScaling : uint8_t { none, linear, llama3 };
 
 // Bytes of one element.
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 // One decoder block covers GPT-2, Llama (and its kin) and GPT-NeoX:
 //   a = norm1(x); x1 = x + Wo attention(Wqkv a); x2 = x1 + mlp(norm2(x1))      serial residual

@@ -46,9 +46,7 @@ void Cursor::finish() const {
 
 std::string BlockHead::name() const {
   const std::string known = name_of(type);
-  return "block " +
-         (known.empty() ? "of type " + std::to_string(static_cast<uint32_t>(type))
-                        : "'" + known + "'") +
+  return "block " + (known.empty() ? "of type " + std::to_string(static_cast<uint32_t>(type)) : "'" + known + "'") +
          (has_layer() ? " of layer " + std::to_string(layer) : "");
 }
 
@@ -84,13 +82,11 @@ void BlockReader::read_prefix() {
     fail("found " + std::to_string(size_) + " bytes, which hold no state; it is cut short");
   }
   check_kind(raw);
-  check_sum({raw, kPrefixBytes - kSumBytes}, number_at<uint32_t>(raw + kPrefixBytes - kSumBytes),
-            "the beginning");
+  check_sum({raw, kPrefixBytes - kSumBytes}, number_at<uint32_t>(raw + kPrefixBytes - kSumBytes), "the beginning");
   const auto claimed = number_at<uint64_t>(raw + 16);
   if (claimed != static_cast<uint64_t>(size_)) {
     fail("found " + std::to_string(size_) + " bytes, expected " + std::to_string(claimed) +
-         (claimed > static_cast<uint64_t>(size_) ? "; it is cut short"
-                                                 : "; something was added behind its end"));
+         (claimed > static_cast<uint64_t>(size_) ? "; it is cut short" : "; something was added behind its end"));
   }
   blocks_left_ = number_at<uint32_t>(raw + 24);
 }
@@ -104,12 +100,11 @@ void BlockReader::check_kind(const uint8_t* raw) const {
   if (order != kOrderMark) fail(std::string("its byte order mark is wrong") + kDamaged);
   const auto format = number_at<uint32_t>(raw + 12);
   if (format == kStateFormat) return;
-  fail("written by format " + std::to_string(format) + "; this build reads " +
-       std::to_string(kStateFormat) + (format > kStateFormat ? ": update armt" : ""));
+  fail("written by format " + std::to_string(format) + "; this build reads " + std::to_string(kStateFormat) +
+       (format > kStateFormat ? ": update armt" : ""));
 }
 
-void BlockReader::check_sum(std::span<const uint8_t> bytes, uint32_t expected,
-                            const std::string& what) const {
+void BlockReader::check_sum(std::span<const uint8_t> bytes, uint32_t expected, const std::string& what) const {
   Crc32c sum;
   sum.add(bytes);
   if (sum.value() != expected) fail("the sum of " + what + " is wrong" + kDamaged);
@@ -127,18 +122,16 @@ std::optional<BlockHead> BlockReader::next() {
   --blocks_left_;
   uint8_t raw[kHeadBytes];
   raw_bytes(raw, kHeadBytes, "the head of a block");
-  check_sum({raw, kHeadBytes - kSumBytes}, number_at<uint32_t>(raw + kHeadBytes - kSumBytes),
-            "the head of a block");
-  BlockHead head{.type = static_cast<Type>(number_at<uint32_t>(raw)),
-                 .layer = number_at<uint32_t>(raw + 4)};
+  check_sum({raw, kHeadBytes - kSumBytes}, number_at<uint32_t>(raw + kHeadBytes - kSumBytes), "the head of a block");
+  BlockHead head{.type = static_cast<Type>(number_at<uint32_t>(raw)), .layer = number_at<uint32_t>(raw + 4)};
   const auto bytes = number_at<uint64_t>(raw + 8);
   if (name_of(head.type).empty()) {
-    fail(head.name() + " is unknown to this build, which reads format " +
-         std::to_string(kStateFormat) + "; update armt");
+    fail(head.name() + " is unknown to this build, which reads format " + std::to_string(kStateFormat) +
+         "; update armt");
   }
   if (bytes == 0 || bytes > static_cast<uint64_t>(payload_left())) {
-    fail(head.name() + ": found " + std::to_string(bytes) + " bytes, expected 1 .. " +
-         std::to_string(payload_left()) + ", which the file has left");
+    fail(head.name() + ": found " + std::to_string(bytes) + " bytes, expected 1 .. " + std::to_string(payload_left()) +
+         ", which the file has left");
   }
   head.bytes = static_cast<int64_t>(bytes);
   if (last_order_ && head.order() <= *last_order_) {
@@ -150,8 +143,8 @@ std::optional<BlockHead> BlockReader::next() {
 
 void BlockReader::require_bytes(const BlockHead& head, int64_t expected) const {
   if (head.bytes == expected) return;
-  fail(head.name() + ": found " + std::to_string(head.bytes) + " bytes, expected " +
-       std::to_string(expected) + " for the model and counters in it");
+  fail(head.name() + ": found " + std::to_string(head.bytes) + " bytes, expected " + std::to_string(expected) +
+       " for the model and counters in it");
 }
 
 std::vector<uint8_t> BlockReader::small_payload(const BlockHead& head) {
@@ -194,8 +187,7 @@ void BlockReader::finish_payload(const BlockHead& head, const Crc32c& sum) {
 
 void BlockReader::finish() {
   if (left() != kTrailerBytes) {
-    fail("found " + std::to_string(left() - kTrailerBytes) + " bytes behind the last block" +
-         kDamaged);
+    fail("found " + std::to_string(left() - kTrailerBytes) + " bytes behind the last block" + kDamaged);
   }
   const uint64_t found = file_sum_.value();
   uint8_t raw[kTrailerBytes];

@@ -16,15 +16,13 @@ namespace armt::state_blocks {
 // Little-endian numbers of a small payload; StateError headed by `where` past its end.
 class Cursor {
  public:
-  Cursor(std::span<const uint8_t> bytes, std::string where)
-      : bytes_(bytes), where_(std::move(where)) {}
+  Cursor(std::span<const uint8_t> bytes, std::string where) : bytes_(bytes), where_(std::move(where)) {}
 
   template <class T>
   T number() {
     const std::span<const uint8_t> raw = take(sizeof(T));
     T value = 0;
-    for (size_t i = 0; i < sizeof(T); ++i)
-      value |= static_cast<T>(static_cast<T>(raw[i]) << (8 * i));
+    for (size_t i = 0; i < sizeof(T); ++i) value |= static_cast<T>(static_cast<T>(raw[i]) << (8 * i));
     return value;
   }
   int64_t signed_number() { return static_cast<int64_t>(number<uint64_t>()); }

@@ -72,8 +72,7 @@ void refuse_odd_target(int folder, const std::string& name, const std::string& p
   if (::fstatat(folder, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) {
     if (errno != ENOENT) fail_errno(path, "examined");
   } else if (!S_ISREG(status.st_mode)) {
-    fail(path, "found " + kind_of(status.st_mode) +
-                   " there, expected no file or a regular one; nothing was written");
+    fail(path, "found " + kind_of(status.st_mode) + " there, expected no file or a regular one; nothing was written");
   }
 }
 
@@ -136,8 +135,7 @@ class TemporaryFile {
 
 void replace_file(const std::string& path, std::span<const uint8_t> bytes) {
   const Place place = split(path);
-  const Descriptor folder(
-      ::open(place.folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOCTTY));
+  const Descriptor folder(::open(place.folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOCTTY));
   if (folder.get() < 0) fail_errno(path, "written (its folder)");
   refuse_odd_target(folder.get(), place.name, path);
   TemporaryFile file(folder.get(), path);

@@ -70,8 +70,8 @@ class Faults {
   size_t count() const { return count_; }
   void raise_if_any(const std::string& path) const {
     if (count_ == 0) return;
-    std::string text = std::to_string(count_) + (count_ == 1 ? " fault" : " faults") +
-                       " in the header" + kDamaged + lines_;
+    std::string text =
+        std::to_string(count_) + (count_ == 1 ? " fault" : " faults") + " in the header" + kDamaged + lines_;
     if (count_ > kMaxListed) text += "\n  - and " + std::to_string(count_ - kMaxListed) + " more";
     fail(path, text);
   }
@@ -99,11 +99,9 @@ class FileDescriptor {
 
 int64_t regular_file_size(const FileDescriptor& file, const std::string& path) {
   struct stat status{};
-  if (::fstat(file.get(), &status) != 0)
-    fail(path, std::string("cannot be examined: ") + std::strerror(errno));
+  if (::fstat(file.get(), &status) != 0) fail(path, std::string("cannot be examined: ") + std::strerror(errno));
   if (S_ISDIR(status.st_mode)) fail(path, "found a folder, expected a safetensors file");
-  if (!S_ISREG(status.st_mode))
-    fail(path, "found a pipe, socket or device, expected a regular file");
+  if (!S_ISREG(status.st_mode)) fail(path, "found a pipe, socket or device, expected a regular file");
   return status.st_size;
 }
 
@@ -154,16 +152,14 @@ class HeaderReader {
         ++offsets;
         read_offsets(tensor);
       } else {
-        throw JsonFault{json_.offset(), printable(tensor.name) + ": found the key '" +
-                                            printable(key) +
+        throw JsonFault{json_.offset(), printable(tensor.name) + ": found the key '" + printable(key) +
                                             "', expected dtype, shape and data_offsets"};
       }
     });
     if (dtypes != 1 || shapes != 1 || offsets != 1) {
       faults_.add(tensor.name, "expected dtype, shape and data_offsets once each");
     }
-    if (faults_.count() !=
-        faults_before) {  // reported: as an empty tensor it raises no second fault
+    if (faults_.count() != faults_before) {  // reported: as an empty tensor it raises no second fault
       tensor.shape = {0};
       tensor.begin = tensor.end = 0;
     }
@@ -175,8 +171,8 @@ class HeaderReader {
     if (const auto type = type_from(word)) {
       tensor.type = *type;
     } else {
-      faults_.add(tensor.name, "found dtype " + printable(word) +
-                                   ", expected F64, F32, F16, BF16, BOOL or an integer type");
+      faults_.add(tensor.name,
+                  "found dtype " + printable(word) + ", expected F64, F32, F16, BF16, BOOL or an integer type");
     }
   }
 
@@ -184,8 +180,8 @@ class HeaderReader {
     tensor.shape.clear();
     json_.array([&] {
       if (tensor.shape.size() == kMaxRank) {
-        throw JsonFault{json_.offset(), printable(tensor.name) + ": more than " +
-                                            std::to_string(kMaxRank) + " dimensions"};
+        throw JsonFault{json_.offset(),
+                        printable(tensor.name) + ": more than " + std::to_string(kMaxRank) + " dimensions"};
       }
       tensor.shape.push_back(json_.whole_number());
     });
@@ -210,8 +206,7 @@ class HeaderReader {
 
 std::string shape_text(const StoredTensor& tensor) {
   std::string text = "[";
-  for (const int64_t size : tensor.shape)
-    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  for (const int64_t size : tensor.shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
 
@@ -234,14 +229,12 @@ void check_extents(const std::vector<StoredTensor>& tensors, int64_t data_bytes,
     if (tensor.begin > tensor.end) {
       faults.add(tensor.name, offsets + ": the end lies before the beginning");
     } else if (tensor.end > data_bytes) {
-      faults.add(tensor.name, offsets + " reach past the end of the data (" +
-                                  std::to_string(data_bytes) + " bytes)");
+      faults.add(tensor.name, offsets + " reach past the end of the data (" + std::to_string(data_bytes) + " bytes)");
     } else if (const auto bytes = bytes_of(tensor); !bytes) {
       faults.add(tensor.name, "the shape " + shape_text(tensor) + " overflows 63 bits");
     } else if (*bytes != tensor.end - tensor.begin) {
-      faults.add(tensor.name, "found " + std::to_string(tensor.end - tensor.begin) +
-                                  " bytes, expected " + std::to_string(*bytes) + " for " +
-                                  name_of(tensor.type) + " " + shape_text(tensor));
+      faults.add(tensor.name, "found " + std::to_string(tensor.end - tensor.begin) + " bytes, expected " +
+                                  std::to_string(*bytes) + " for " + name_of(tensor.type) + " " + shape_text(tensor));
     }
   }
 }
@@ -257,25 +250,22 @@ void check_cover(const std::vector<StoredTensor>& tensors, int64_t data_bytes, F
   int64_t covered = 0;
   for (const StoredTensor* tensor : order) {
     if (tensor->begin < covered) {
-      faults.add(tensor->name, "overlaps the tensor before it by " +
-                                   std::to_string(covered - tensor->begin) + " bytes");
-    } else if (tensor->begin > covered) {
       faults.add(tensor->name,
-                 std::to_string(tensor->begin - covered) + " bytes before it belong to no tensor");
+                 "overlaps the tensor before it by " + std::to_string(covered - tensor->begin) + " bytes");
+    } else if (tensor->begin > covered) {
+      faults.add(tensor->name, std::to_string(tensor->begin - covered) + " bytes before it belong to no tensor");
     }
     covered = std::max(covered, tensor->end);
   }
   if (covered < data_bytes) {
-    faults.add("end of the data",
-               std::to_string(data_bytes - covered) + " bytes belong to no tensor");
+    faults.add("end of the data", std::to_string(data_bytes - covered) + " bytes belong to no tensor");
   }
 }
 
 std::vector<int32_t> sorted_by_name(const std::vector<StoredTensor>& tensors, Faults& faults) {
   std::vector<int32_t> order(tensors.size());
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(),
-            [&](int32_t a, int32_t b) { return tensors[a].name < tensors[b].name; });
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return tensors[a].name < tensors[b].name; });
   for (size_t i = 1; i < order.size(); ++i) {
     const std::string& name = tensors[order[i]].name;
     if (name == tensors[order[i - 1]].name) faults.add(name, "stands in the header twice");
@@ -296,13 +286,10 @@ SafetensorsFile::SafetensorsFile(std::string path) : path_(std::move(path)) {
   const FileDescriptor file(path_);
   file_bytes_ = regular_file_size(file, path_);
   if (file_bytes_ < kLengthBytes) {
-    fail(path_,
-         "found " + std::to_string(file_bytes_) + " bytes, expected a safetensors file" + kDamaged);
+    fail(path_, "found " + std::to_string(file_bytes_) + " bytes, expected a safetensors file" + kDamaged);
   }
-  void* map =
-      ::mmap(nullptr, static_cast<size_t>(file_bytes_), PROT_READ, MAP_PRIVATE, file.get(), 0);
-  if (map == MAP_FAILED)
-    fail(path_, std::string("cannot be mapped into memory: ") + std::strerror(errno));
+  void* map = ::mmap(nullptr, static_cast<size_t>(file_bytes_), PROT_READ, MAP_PRIVATE, file.get(), 0);
+  if (map == MAP_FAILED) fail(path_, std::string("cannot be mapped into memory: ") + std::strerror(errno));
   map_ = static_cast<const std::byte*>(map);
   try {
     read_header();
@@ -327,19 +314,16 @@ void SafetensorsFile::read_header() {
   const int64_t room = file_bytes_ - kLengthBytes;
   if (claimed > static_cast<uint64_t>(kMaxHeader)) {
     fail(path_, "the header claims " + std::to_string(claimed) + " bytes, expected at most " +
-                    std::to_string(kMaxHeader) +
-                    "; this is not a safetensors file, or it is damaged");
+                    std::to_string(kMaxHeader) + "; this is not a safetensors file, or it is damaged");
   }
   const auto header_bytes = static_cast<int64_t>(claimed);
   if (header_bytes > room) {
-    fail(path_, "the header claims " + std::to_string(header_bytes) + " bytes, but only " +
-                    std::to_string(room) + " follow" + kDamaged);
+    fail(path_, "the header claims " + std::to_string(header_bytes) + " bytes, but only " + std::to_string(room) +
+                    " follow" + kDamaged);
   }
-  const std::string_view text(reinterpret_cast<const char*>(map_) + kLengthBytes,
-                              static_cast<size_t>(header_bytes));
+  const std::string_view text(reinterpret_cast<const char*>(map_) + kLengthBytes, static_cast<size_t>(header_bytes));
   if (text.empty() || text.front() != '{') {
-    fail(path_,
-         "the header does not begin with '{'; this is not a safetensors file, or it is damaged");
+    fail(path_, "the header does not begin with '{'; this is not a safetensors file, or it is damaged");
   }
   data_begin_ = kLengthBytes + header_bytes;
   const int64_t data_bytes = file_bytes_ - data_begin_;
@@ -357,9 +341,8 @@ void SafetensorsFile::read_header() {
 }
 
 const StoredTensor& SafetensorsFile::at(std::string_view name) const {
-  const auto found = std::lower_bound(
-      by_name_.begin(), by_name_.end(), name,
-      [&](int32_t i, std::string_view wanted) { return tensors_[i].name < wanted; });
+  const auto found = std::lower_bound(by_name_.begin(), by_name_.end(), name,
+                                      [&](int32_t i, std::string_view wanted) { return tensors_[i].name < wanted; });
   if (found == by_name_.end() || tensors_[*found].name != name) {
     fail(path_, "there is no tensor named " + printable(name));
   }

@@ -18,21 +18,7 @@
 
 namespace armt {
 
-enum class StoredType : uint8_t {
-  f64,
-  f32,
-  f16,
-  bf16,
-  i64,
-  i32,
-  i16,
-  i8,
-  u64,
-  u32,
-  u16,
-  u8,
-  boolean
-};
+enum class StoredType : uint8_t { f64, f32, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean };
 
 int64_t size_of(StoredType type);
 const char* name_of(StoredType type);  // "float32", "bfloat16", "bool", ...

@@ -17,9 +17,8 @@ inline constexpr uint32_t kNoLayer = 0xffffffff;
 inline constexpr int64_t kMostFactBytes = 65536;
 
 enum class Type : uint32_t {
-  facts = 1,  // u32 count, then each: u8 length, name, u8 kind, value
-  counters =
-      2,  // i64 tokens, closed_segments, position_base, window_tokens; u64 version, seed, drawn
+  facts = 1,            // u32 count, then each: u8 length, name, u8 kind, value
+  counters = 2,         // i64 tokens, closed_segments, position_base, window_tokens; u64 version, seed, drawn
   open_tokens = 3,      // i32 each
   previous_tokens = 4,  // i32 each
   carried = 5,          // f32 [m, D]

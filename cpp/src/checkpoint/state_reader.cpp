@@ -96,8 +96,7 @@ class StateReader {
     in_.require_bytes(head, kCounterBytes);
     const std::vector<uint8_t> payload = in_.small_payload(head);
     Cursor cursor(payload, in_.where() + ": " + head.name());
-    for (int64_t* value :
-         {&state_.tokens, &state_.closed_segments, &state_.position_base, &state_.window_tokens}) {
+    for (int64_t* value : {&state_.tokens, &state_.closed_segments, &state_.position_base, &state_.window_tokens}) {
       *value = cursor.signed_number();
     }
     for (uint64_t* value : {&state_.version, &state_.sampler.seed, &state_.sampler.drawn}) {
@@ -143,15 +142,13 @@ class StateReader {
     in_.require_bytes(head, (shape_.matrix + shape_.normaliser + kWriteStats) * 4);
     memory.a.resize(static_cast<size_t>(shape_.matrix));
     memory.z.resize(static_cast<size_t>(shape_.normaliser));
-    in_.arrays(head, std::span<float>(memory.a), std::span<float>(memory.z),
-               std::span<float>(memory.statistics));
+    in_.arrays(head, std::span<float>(memory.a), std::span<float>(memory.z), std::span<float>(memory.statistics));
     memory.written = true;
   }
 
   void read_rows(const BlockHead& head, HostRows& rows, int64_t count) {
     int64_t bytes = 0;
-    if (__builtin_mul_overflow(count, shape_.row * 8, &bytes))
-      in_.fail(head.name() + ": too large");
+    if (__builtin_mul_overflow(count, shape_.row * 8, &bytes)) in_.fail(head.name() + ": too large");
     in_.require_bytes(head, bytes);
     rows.k.resize(static_cast<size_t>(count * shape_.row));
     rows.v.resize(rows.k.size());
@@ -164,8 +161,8 @@ class StateReader {
       const bool current = !layer.current.k.empty() || state_.current_rows() == 0;
       const bool previous = !layer.previous.k.empty() || state_.previous_rows() == 0;
       if (current && previous) continue;
-      in_.fail("block '" + name_of(current ? Type::previous : Type::current) + "' of layer " +
-               std::to_string(i) + " is missing");
+      in_.fail("block '" + name_of(current ? Type::previous : Type::current) + "' of layer " + std::to_string(i) +
+               " is missing");
     }
   }
 
@@ -179,8 +176,7 @@ HostState read_state(Take take, int64_t size, const std::string& where) {
     BlockReader blocks(std::move(take), size, where);
     return StateReader(blocks).read();
   } catch (const std::bad_alloc&) {
-    throw OutOfMemory(where + ": a state of " + std::to_string(size) +
-                      " bytes does not fit in memory");
+    throw OutOfMemory(where + ": a state of " + std::to_string(size) + " bytes does not fit in memory");
   }
 }
 

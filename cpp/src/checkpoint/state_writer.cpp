@@ -106,8 +106,7 @@ void write_facts(Writer& out, const std::vector<Fact>& facts) {
 }
 
 void write_counters(Writer& out, const HostState& state) {
-  for (const int64_t value :
-       {state.tokens, state.closed_segments, state.position_base, state.window_tokens}) {
+  for (const int64_t value : {state.tokens, state.closed_segments, state.position_base, state.window_tokens}) {
     out.number(static_cast<uint64_t>(value));
   }
   for (const uint64_t value : {state.version, state.sampler.seed, state.sampler.drawn}) {

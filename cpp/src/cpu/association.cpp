@@ -7,13 +7,11 @@
 namespace armt::cpu {
 namespace {
 
-constexpr double kEpsilon = 1e-5;     // added to every denominator
-constexpr double kNormFloor = 1e-12;  // least length that features are divided by
-constexpr double kTaskWork =
-    200e3;  // multiply-adds below which a further task costs more than it saves
-constexpr int64_t kSparsity = 4;  // about one feature in four is not zero
-constexpr int64_t kTokenFloats =
-    4096;  // of the values of all memory tokens that an update holds in L1
+constexpr double kEpsilon = 1e-5;       // added to every denominator
+constexpr double kNormFloor = 1e-12;    // least length that features are divided by
+constexpr double kTaskWork = 200e3;     // multiply-adds below which a further task costs more than it saves
+constexpr int64_t kSparsity = 4;        // about one feature in four is not zero
+constexpr int64_t kTokenFloats = 4096;  // of the values of all memory tokens that an update holds in L1
 
 // A [h, F, E], z [h, F], statistics: one association's block.
 struct MemoryView {
@@ -47,15 +45,13 @@ double sum_over(const Feature* features, int64_t count, Term term) {
 }
 
 double squared_length(const Feature* features, int64_t count) {
-  return sum_over(features, count,
-                  [](Feature f) { return static_cast<double>(f.value) * f.value; });
+  return sum_over(features, count, [](Feature f) { return static_cast<double>(f.value) * f.value; });
 }
 
 double denominator(const Feature* features, int64_t count, const float* normaliser) {
   if (normaliser == nullptr) return 1.0;
-  return kEpsilon + sum_over(features, count, [normaliser](Feature f) {
-           return static_cast<double>(f.value) * normaliser[f.index];
-         });
+  return kEpsilon + sum_over(features, count,
+                             [normaliser](Feature f) { return static_cast<double>(f.value) * normaliser[f.index]; });
 }
 
 // phi of one head's share of a projected row, normalised where the dialect says so.
@@ -121,16 +117,15 @@ Buffers carve(Slot slot, const ModelConfig& config, Sizes... sizes) {
 
 // x += Read(x) for rows of one cell whose queries are at hand. A passes by in slices of columns
 // that stay in cache while all rows read them.
-void read_rows(const CpuBackend& backend, const Block& block, const ReadBuffers& buffers,
-               const float* queries, int64_t rows, float* x, int64_t ld) {
+void read_rows(const CpuBackend& backend, const Block& block, const ReadBuffers& buffers, const float* queries,
+               int64_t rows, float* x, int64_t ld) {
   const ModelConfig& config = backend.config();
   const MemoryView memory = view_of(block, config);
   const int64_t heads = config.memory.n_heads, n = config.memory.d_mem / heads;
   const int64_t features = config.features(), values = config.value_dim();
   const int64_t slice = backend.kernels().memory_slice;
   for (int64_t head = 0; head < heads; ++head) {
-    const float* normaliser =
-        memory.normaliser == nullptr ? nullptr : memory.normaliser + head * features;
+    const float* normaliser = memory.normaliser == nullptr ? nullptr : memory.normaliser + head * features;
     const float* matrix = memory.matrix + head * features * values;
     for (int64_t r = 0; r < rows; ++r) {
       Feature* phi = buffers.features + r * features;
@@ -139,8 +134,8 @@ void read_rows(const CpuBackend& backend, const Block& block, const ReadBuffers&
     }
     for (int64_t e = 0; e < values; e += slice) {
       for (int64_t r = 0; r < rows; ++r) {
-        backend.kernels().recall(buffers.features + r * features, buffers.counts[r], matrix + e,
-                                 values, std::min(slice, values - e), buffers.denominators[r], 1.0f,
+        backend.kernels().recall(buffers.features + r * features, buffers.counts[r], matrix + e, values,
+                                 std::min(slice, values - e), buffers.denominators[r], 1.0f,
                                  x + r * ld + head * values + e);
       }
     }
@@ -152,8 +147,7 @@ bool reads(const Cell& cell) {
 }
 
 // Rows begin .. end-1 (absolute) of a group.
-void read_block(CpuBackend& backend, const Group& group, const Rows& x, int64_t begin,
-                int64_t end) {
+void read_block(CpuBackend& backend, const Group& group, const Rows& x, int64_t begin, int64_t end) {
   const auto overlaps = [=](const Cell& cell) {
     return reads(cell) && cell.row_begin < end && cell.row_begin + cell.row_count > begin;
   };
@@ -161,14 +155,13 @@ void read_block(CpuBackend& backend, const Group& group, const Rows& x, int64_t 
   const ModelConfig& config = backend.config();
   const auto buffers = carve<ReadBuffers>(Slot::association, config, end - begin);
   const int64_t width = config.memory.d_mem;
-  backend.project(backend.matrix(Matrix::mem_query, group.layer), {}, row_of(x, begin), x.width,
-                  end - begin, buffers.queries, width);
+  backend.project(backend.matrix(Matrix::mem_query, group.layer), {}, row_of(x, begin), x.width, end - begin,
+                  buffers.queries, width);
   for (const Cell& cell : group.cells) {
     if (!overlaps(cell)) continue;
-    const int64_t first = std::max(begin, cell.row_begin),
-                  last = std::min(end, cell.row_begin + cell.row_count);
-    read_rows(backend, *cell.state->memory.block, buffers,
-              buffers.queries + (first - begin) * width, last - first, row_of(x, first), x.width);
+    const int64_t first = std::max(begin, cell.row_begin), last = std::min(end, cell.row_begin + cell.row_count);
+    read_rows(backend, *cell.state->memory.block, buffers, buffers.queries + (first - begin) * width, last - first,
+              row_of(x, first), x.width);
   }
 }
 
@@ -254,10 +247,8 @@ class MemoryWrite {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / rows_, token = i % rows_;
         Feature* key = buffers_.features + i * features_;
-        const int64_t count =
-            features_of(backend_, buffers_.keys + token * width + head * (width / heads_), key);
-        const float* normaliser =
-            from_.normaliser == nullptr ? nullptr : from_.normaliser + head * features_;
+        const int64_t count = features_of(backend_, buffers_.keys + token * width + head * (width / heads_), key);
+        const float* normaliser = from_.normaliser == nullptr ? nullptr : from_.normaliser + head * features_;
         const double den = denominator(key, count, normaliser);
         buffers_.counts[i] = count;
         buffers_.denominators[i] = static_cast<float>(den);
@@ -285,8 +276,8 @@ class MemoryWrite {
       float* value = buffers_.values + token * ld_ + column;
       if (!first_) {
         const float* matrix = from_.matrix + head * features_ * values_ + e;
-        backend_.kernels().recall(buffers_.features + i * features_, buffers_.counts[i], matrix,
-                                  values_, columns, buffers_.denominators[i], -1.0f, value);
+        backend_.kernels().recall(buffers_.features + i * features_, buffers_.counts[i], matrix, values_, columns,
+                                  buffers_.denominators[i], -1.0f, value);
       }
       const float* gate = buffers_.gates + token * config_.gate_rows();
       if (config_.memory.gating) {
@@ -304,8 +295,7 @@ class MemoryWrite {
       const Feature* key = buffers_.features + i * features_;
       for (int64_t f = 0; f < buffers_.counts[i]; ++f) {
         const int64_t row = head * features_ + key[f].index;
-        buffers_.tokens[row * rows_ + buffers_.token_counts[row]++] = {key[f].value,
-                                                                       static_cast<int32_t>(token)};
+        buffers_.tokens[row * rows_ + buffers_.token_counts[row]++] = {key[f].value, static_cast<int32_t>(token)};
       }
     }
   }
@@ -313,8 +303,7 @@ class MemoryWrite {
   // A' = A + sum_t k_t (x) values_t, each row of A once, in slices for which the tokens' values
   // stay in cache.
   void update_matrix() {
-    const int64_t slice =
-        std::max<int64_t>(kLaneFloats * 4, kTokenFloats / rows_ / kLaneFloats * kLaneFloats);
+    const int64_t slice = std::max<int64_t>(kLaneFloats * 4, kTokenFloats / rows_ / kLaneFloats * kLaneFloats);
     const int64_t work = values_ * (2 + rows_ / kSparsity);
     const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kTaskWork) / work);
     backend_.pool().parallel_ranges(heads_ * features_, grain, [&](int64_t begin, int64_t end) {
@@ -322,8 +311,7 @@ class MemoryWrite {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t at = row * values_ + e;
           backend_.kernels().update(buffers_.tokens + row * rows_, buffers_.token_counts[row],
-                                    buffers_.values + row / features_ * values_ + e, ld_,
-                                    std::min(slice, values_ - e),
+                                    buffers_.values + row / features_ * values_ + e, ld_, std::min(slice, values_ - e),
                                     first_ ? nullptr : from_.matrix + at, to_.matrix + at);
         }
       }
@@ -335,8 +323,7 @@ class MemoryWrite {
       const float* gamma = buffers_.gammas + row / features_ * rows_;
       const Feature* tokens = buffers_.tokens + row * rows_;
       float sum = first_ ? 0.0f : from_.normaliser[row];
-      for (int64_t i = 0; i < buffers_.token_counts[row]; ++i)
-        sum += gamma[tokens[i].index] * tokens[i].value;
+      for (int64_t i = 0; i < buffers_.token_counts[row]; ++i) sum += gamma[tokens[i].index] * tokens[i].value;
       to_.normaliser[row] = sum;
     }
   }
@@ -365,16 +352,15 @@ class MemoryWrite {
 }  // namespace
 
 void CpuBackend::memory_read(Groups groups, const Rows& x) {
-  const auto row_work = static_cast<double>(
-      config_.decoder.d_model * (config_.features() / kSparsity + config_.memory.d_mem));
+  const auto row_work =
+      static_cast<double>(config_.decoder.d_model * (config_.features() / kSparsity + config_.memory.d_mem));
   for (const Group& group : groups) {
     const int64_t rows = group.row_count;
     const int64_t least = (rows + kernels_.gemm_rows - 1) / kernels_.gemm_rows;
     const int64_t wanted = tasks_for(row_work * static_cast<double>(rows), pool_.threads() * 4);
     const int64_t tasks = std::min(rows, std::max(least, wanted));
     pool_.parallel_for(tasks, [&](int64_t i) {
-      read_block(*this, group, x, group.row_begin + rows * i / tasks,
-                 group.row_begin + rows * (i + 1) / tasks);
+      read_block(*this, group, x, group.row_begin + rows * i / tasks, group.row_begin + rows * (i + 1) / tasks);
     });
   }
 }

@@ -35,8 +35,7 @@ Part part_at(Groups groups, int64_t index, int64_t key_heads, int64_t block_rows
         continue;
       }
       const int64_t block = blocks - 1 - index / key_heads;
-      const int64_t begin = cell.row_count * block / blocks,
-                    end = cell.row_count * (block + 1) / blocks;
+      const int64_t begin = cell.row_count * block / blocks, end = cell.row_count * (block + 1) / blocks;
       return {&group, &cell, index % key_heads, begin, end - begin};
     }
   }
@@ -58,8 +57,7 @@ Sight sight_of(const Row& row, const LayerState& state, int64_t front) {
     set_side(sight, 1, 0, state.current.rows, true);
   } else {
     set_side(sight, 0, row.prev_begin, state.previous.rows, row.sees_prev_padding);
-    set_side(sight, 1, row.cur_begin, std::min<int64_t>(row.cur_end, state.current.rows),
-             row.sees_padding);
+    set_side(sight, 1, row.cur_begin, std::min<int64_t>(row.cur_end, state.current.rows), row.sees_padding);
   }
   return sight;
 }
@@ -72,13 +70,11 @@ struct PartScratch {
 };
 
 PartScratch lay_out(int64_t lines, int64_t width, int64_t rows, int64_t pages) {
-  const auto floats_of = [](size_t bytes) {
-    return padded(static_cast<int64_t>(bytes / sizeof(float)) + 1);
-  };
+  const auto floats_of = [](size_t bytes) { return padded(static_cast<int64_t>(bytes / sizeof(float)) + 1); };
   const int64_t kernel = padded(attention_scratch(lines, width));
   const int64_t sights = floats_of(static_cast<size_t>(rows) * sizeof(Sight));
-  float* scratch = thread_scratch(
-      Slot::attention, kernel + sights + floats_of(static_cast<size_t>(pages) * sizeof(float*)));
+  float* scratch =
+      thread_scratch(Slot::attention, kernel + sights + floats_of(static_cast<size_t>(pages) * sizeof(float*)));
   return {scratch, reinterpret_cast<Sight*>(scratch + kernel),
           reinterpret_cast<const float**>(scratch + kernel + sights)};
 }
@@ -88,8 +84,7 @@ double work_of(Groups groups, const ModelConfig& config) {
   double pairs = 0.0;
   for (const Group& group : groups) {
     for (const Cell& cell : group.cells) {
-      pairs += static_cast<double>(cell.row_count *
-                                   (cell.state->previous.rows + cell.state->current.rows));
+      pairs += static_cast<double>(cell.row_count * (cell.state->previous.rows + cell.state->current.rows));
     }
   }
   return pairs * 2.0 * static_cast<double>(config.query_width());
@@ -117,15 +112,11 @@ void CpuBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
   const auto attend_part = [&](int64_t index) {
     const Part part = part_at(groups, index, layout.heads, block_rows);
     const LayerState& state = *part.cell->state;
-    const auto previous_pages = std::ssize(state.previous.pages),
-               current_pages = std::ssize(state.current.pages);
-    const PartScratch scratch =
-        lay_out(part.count * shared, layout.width, part.count, previous_pages + current_pages);
-    for (int64_t i = 0; i < previous_pages; ++i)
-      scratch.pages[i] = layout.keys(*state.previous.pages[i], part.head);
+    const auto previous_pages = std::ssize(state.previous.pages), current_pages = std::ssize(state.current.pages);
+    const PartScratch scratch = lay_out(part.count * shared, layout.width, part.count, previous_pages + current_pages);
+    for (int64_t i = 0; i < previous_pages; ++i) scratch.pages[i] = layout.keys(*state.previous.pages[i], part.head);
     const float** current = scratch.pages + previous_pages;
-    for (int64_t i = 0; i < current_pages; ++i)
-      current[i] = layout.keys(*state.current.pages[i], part.head);
+    for (int64_t i = 0; i < current_pages; ++i) current[i] = layout.keys(*state.current.pages[i], part.head);
 
     const int64_t first = part.cell->row_begin + part.begin;
     for (int64_t i = 0; i < part.count; ++i) {

@@ -8,8 +8,7 @@
 namespace armt::cpu {
 namespace {
 
-constexpr const char* kFileHint =
-    "; the weights don't fit this configuration: check the model's settings";
+constexpr const char* kFileHint = "; the weights don't fit this configuration: check the model's settings";
 
 bool belongs_to_model(Matrix which) {
   return which >= Matrix::head;
@@ -28,8 +27,8 @@ template <class Which>
 void check_layer(Which which, int64_t layer, int64_t layers) {
   if (layer >= 0 && layer < (belongs_to_model(which) ? 1 : layers)) return;
   throw CheckpointError(std::string(name_of(which)) + ": found layer " + std::to_string(layer) +
-                        ", expected one of 0 .. " +
-                        std::to_string(belongs_to_model(which) ? 0 : layers - 1) + kFileHint);
+                        ", expected one of 0 .. " + std::to_string(belongs_to_model(which) ? 0 : layers - 1) +
+                        kFileHint);
 }
 
 std::string text(const Shape& shape) {
@@ -38,15 +37,13 @@ std::string text(const Shape& shape) {
 
 DType checked(DType weight_dtype) {
   if (weight_dtype != DType::f16) return weight_dtype;
-  throw InvalidArgument(
-      "weight_dtype: found float16, expected float32 or bfloat16 on the CPU; choose one of them");
+  throw InvalidArgument("weight_dtype: found float16, expected float32 or bfloat16 on the CPU; choose one of them");
 }
 
 std::vector<Matrix> required_matrices(const ModelConfig& config) {
   std::vector<Matrix> found{Matrix::qkv, Matrix::attn_out, Matrix::mlp_up, Matrix::mlp_down};
   if (!config.has_association()) return found;
-  for (Matrix which : {Matrix::mem_query, Matrix::mem_key, Matrix::mem_value, Matrix::mem_gate})
-    found.push_back(which);
+  for (Matrix which : {Matrix::mem_query, Matrix::mem_key, Matrix::mem_value, Matrix::mem_gate}) found.push_back(which);
   return found;
 }
 
@@ -85,9 +82,8 @@ void CpuBackend::load(Matrix which, int64_t layer, const HostMatrix& matrix) {
   check_layer(which, layer, config_.decoder.n_layers);
   const Shape expected = expected_shape(which, config_);
   if (matrix.rows != expected.rows || matrix.cols != expected.cols) {
-    throw CheckpointError(where(which, layer) + ": found shape " +
-                          text({matrix.rows, matrix.cols}) + ", expected " + text(expected) +
-                          kFileHint);
+    throw CheckpointError(where(which, layer) + ": found shape " + text({matrix.rows, matrix.cols}) + ", expected " +
+                          text(expected) + kFileHint);
   }
   switch (which) {
     case Matrix::positions:
@@ -111,8 +107,8 @@ void CpuBackend::load(Vector which, int64_t layer, std::span<const float> values
   check_layer(which, layer, config_.decoder.n_layers);
   const int64_t expected = expected_size(which, config_);
   if (std::ssize(values) != expected) {
-    throw CheckpointError(where(which, layer) + ": found " + std::to_string(values.size()) +
-                          " values, expected " + std::to_string(expected) + kFileHint);
+    throw CheckpointError(where(which, layer) + ": found " + std::to_string(values.size()) + " values, expected " +
+                          std::to_string(expected) + kFileHint);
   }
   Buffer buffer(expected * static_cast<int64_t>(sizeof(float)));
   std::memcpy(buffer.data(), values.data(), values.size_bytes());
@@ -125,18 +121,15 @@ void CpuBackend::finish_loading() {
     if (!there) missing += (missing.empty() ? "" : ", ") + name;
   };
   for (int64_t layer = 0; layer < config_.decoder.n_layers; ++layer) {
-    for (Matrix which : required_matrices(config_))
-      require(!matrix(which, layer).empty(), where(which, layer));
-    for (Vector which : required_vectors(config_))
-      require(vector(which, layer) != nullptr, where(which, layer));
+    for (Matrix which : required_matrices(config_)) require(!matrix(which, layer).empty(), where(which, layer));
+    for (Vector which : required_vectors(config_)) require(vector(which, layer) != nullptr, where(which, layer));
   }
   require(!matrix(Matrix::embedding, 0).empty(), "embedding");
   require(vector(Vector::final_norm, 0) != nullptr, "final_norm");
   require(config_.decoder.learned_positions == 0 || positions_.data() != nullptr, "positions");
   require(config_.memory.memory_tokens == 0 || memory_.data() != nullptr, "memory");
   require(!config_.memory.use_sink || sink_.data() != nullptr, "sink");
-  if (!missing.empty())
-    throw CheckpointError("weights: missing " + missing + "; the checkpoint is not complete");
+  if (!missing.empty()) throw CheckpointError("weights: missing " + missing + "; the checkpoint is not complete");
 }
 
 int64_t CpuBackend::weight_bytes() const {
@@ -152,8 +145,7 @@ int64_t CpuBackend::weight_bytes() const {
 
 namespace armt {
 
-std::unique_ptr<Backend> make_cpu_backend(const ModelConfig& config,
-                                          const BackendOptions& options) {
+std::unique_ptr<Backend> make_cpu_backend(const ModelConfig& config, const BackendOptions& options) {
   return std::make_unique<cpu::CpuBackend>(config, options);
 }
 

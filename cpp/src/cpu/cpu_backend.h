@@ -43,15 +43,14 @@ class CpuBackend : public Backend {
   void import_kv(KvCache& cache, const float* k, const float* v) override;
 
   std::unique_ptr<Workspace> make_workspace(int64_t slots, int64_t slot_rows) override;
-  void run(Workspace& workspace, Groups groups,
-           const std::function<void(Groups, const Scratch&)>& body) override;
+  void run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) override;
 
   void embed(const Group& group, const Rows& out) override;
   void memory_read(Groups groups, const Rows& x) override;
   void memory_write(Groups groups, const Rows& x) override;
   void norm(Vector which, Groups groups, const Rows& in, const Rows& out) override;
-  void linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue,
-              int64_t c0 = 0, int64_t c1 = -1) override;
+  void linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0 = 0,
+              int64_t c1 = -1) override;
   void rotate_queries(Groups groups, const Rows& qkv) override;
   void store_kv(Groups groups, const Rows& qkv) override;
   void attend(Groups groups, const Rows& qkv, const Rows& context) override;
@@ -73,8 +72,8 @@ class CpuBackend : public Backend {
 
   // Dense rows of the caller: out[r, c0:c1] = finish(in[r] W^T), r < rows; finish.gated and
   // .activation are set here. Uses the pool, or runs inline inside a job of the pool.
-  void project(const PackedMatrix& weights, Finish finish, const float* in, int64_t ld_in,
-               int64_t rows, float* out, int64_t ld_out, int64_t c0 = 0, int64_t c1 = -1);
+  void project(const PackedMatrix& weights, Finish finish, const float* in, int64_t ld_in, int64_t rows, float* out,
+               int64_t ld_out, int64_t c0 = 0, int64_t c1 = -1);
 
  private:
   struct LayerWeights {
@@ -100,8 +99,7 @@ class CpuBackend : public Backend {
   // another, in place.
   void turn_heads(const float* norm, int64_t position, int64_t heads, float* x);
   // Keys and values of rows begin .. begin+count-1 of the cell's current cache.
-  void store_rows(const Group& group, const Cell& cell, const Rows& qkv, int64_t begin,
-                  int64_t count);
+  void store_rows(const Group& group, const Cell& cell, const Rows& qkv, int64_t begin, int64_t count);
 
   const RotaryTable rotary_{config_};
   // ---- attention, rotary, association: end

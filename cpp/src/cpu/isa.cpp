@@ -23,8 +23,8 @@ std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found{&baseline::kKernels};
 #ifdef ARMT_X86
   // Each processor with these has the rest of x86-64-v3 (f16c, lzcnt, movbe) too.
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
@@ -44,8 +44,8 @@ const Kernels& kernels_for(const std::string& isa) {
     if (isa == kernels->name) return *kernels;
     names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
   }
-  throw InvalidArgument("isa: found '" + isa + "', expected one that this processor can run: " +
-                        names + "; leave it empty to take the best");
+  throw InvalidArgument("isa: found '" + isa + "', expected one that this processor can run: " + names +
+                        "; leave it empty to take the best");
 }
 
 std::vector<std::string> available_isas() {

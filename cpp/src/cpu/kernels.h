@@ -15,8 +15,7 @@ struct Finish {
   const float* bias = nullptr;  // [n], or null
   bool add = false;             // out += y + bias
   bool activate = false;        // out = act(y + bias)
-  bool gated =
-      false;  // out = act(gate) * up; panels alternate gate, up; bias [2 n], the gate's first
+  bool gated = false;           // out = act(gate) * up; panels alternate gate, up; bias [2 n], the gate's first
   ActivationKind activation = ActivationKind::gelu_tanh;
 };
 
@@ -48,11 +47,9 @@ struct Kernels {
   void (*gemm)(const GemmTask& task);
 
   // y = (x - mean) / sqrt(var + eps) * weight (+ bias), var = mean of (x - mean)^2; x == y allowed.
-  void (*layer_norm)(const float* x, float* y, int64_t n, const float* weight, const float* bias,
-                     float eps);
+  void (*layer_norm)(const float* x, float* y, int64_t n, const float* weight, const float* bias, float eps);
   // y = x / sqrt(mean of x^2 + eps) * weight (+ bias)
-  void (*rms_norm)(const float* x, float* y, int64_t n, const float* weight, const float* bias,
-                   float eps);
+  void (*rms_norm)(const float* x, float* y, int64_t n, const float* weight, const float* bias, float eps);
   void (*activate)(ActivationKind kind, float* x, int64_t n);  // in place
   void (*exponent)(float* x, int64_t n);                       // x = e^x, in place
   void (*add)(const float* x, float* y, int64_t n);            // y += x
@@ -68,12 +65,12 @@ struct Kernels {
   int64_t (*features)(const float* x, int64_t n, int64_t rolls, Feature* out, float* scratch);
   // out += sign (sum over features of value A[index]) / den, columns floats of each row; A has row
   // stride ld.
-  void (*recall)(const Feature* features, int64_t count, const float* a, int64_t ld,
-                 int64_t columns, float den, float sign, float* out);
+  void (*recall)(const Feature* features, int64_t count, const float* a, int64_t ld, int64_t columns, float den,
+                 float sign, float* out);
   // to = from + sum over tokens of value delta[index], one row of A; from null: 0, from == to
   // allowed.
-  void (*update)(const Feature* tokens, int64_t count, const float* delta, int64_t ld,
-                 int64_t columns, const float* from, float* to);
+  void (*update)(const Feature* tokens, int64_t count, const float* delta, int64_t ld, int64_t columns,
+                 const float* from, float* to);
   void (*sigmoid)(float* x, int64_t n);  // in place
   // ---- attention, rotary, association: end
 };

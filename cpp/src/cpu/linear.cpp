@@ -4,11 +4,10 @@
 
 namespace armt::cpu {
 
-void CpuBackend::project(const PackedMatrix& weights, Finish finish, const float* in, int64_t ld_in,
-                         int64_t rows, float* out, int64_t ld_out, int64_t c0, int64_t c1) {
+void CpuBackend::project(const PackedMatrix& weights, Finish finish, const float* in, int64_t ld_in, int64_t rows,
+                         float* out, int64_t ld_out, int64_t c0, int64_t c1) {
   finish.activation = config_.decoder.activation;
-  multiply(pool_, kernels_, weights, finish, in, ld_in, rows, out, ld_out, c0,
-           c1 < 0 ? weights.out_columns() : c1);
+  multiply(pool_, kernels_, weights, finish, in, ld_in, rows, out, ld_out, c0, c1 < 0 ? weights.out_columns() : c1);
 }
 
 const float* CpuBackend::linear_bias(Matrix which, int64_t layer) const {
@@ -28,21 +27,21 @@ const float* CpuBackend::linear_bias(Matrix which, int64_t layer) const {
   }
 }
 
-void CpuBackend::linear(Matrix which, Groups groups, const Rows& in, const Rows& out,
-                        Epilogue epilogue, int64_t c0, int64_t c1) {
+void CpuBackend::linear(Matrix which, Groups groups, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0,
+                        int64_t c1) {
   for (const Group& group : groups) {
     Finish finish;
     finish.bias = linear_bias(which, group.layer);
     finish.add = epilogue == Epilogue::add;
     finish.activate = epilogue == Epilogue::activate;
-    project(matrix(which, group.layer), finish, row_of(in, group.row_begin), in.width,
-            group.row_count, row_of(out, group.row_begin), out.width, c0, c1);
+    project(matrix(which, group.layer), finish, row_of(in, group.row_begin), in.width, group.row_count,
+            row_of(out, group.row_begin), out.width, c0, c1);
   }
 }
 
 void CpuBackend::logits(const Rows& hidden, int64_t first, int64_t count, float* out) {
-  project(matrix(Matrix::head, 0), {}, row_of(hidden, hidden.origin + first), hidden.width, count,
-          out, config_.decoder.vocab_size);
+  project(matrix(Matrix::head, 0), {}, row_of(hidden, hidden.origin + first), hidden.width, count, out,
+          config_.decoder.vocab_size);
 }
 
 }  // namespace armt::cpu

@@ -42,8 +42,7 @@ std::unique_ptr<ScratchRows> make_scratch(const ModelConfig& config, int64_t row
 // Scratch taken from the workspace's idle ones, given back at the end of the scope.
 class ScratchLease {
  public:
-  ScratchLease(CpuWorkspace& workspace, const ModelConfig& config, bool poisoned)
-      : workspace_(workspace) {
+  ScratchLease(CpuWorkspace& workspace, const ModelConfig& config, bool poisoned) : workspace_(workspace) {
     {
       const std::lock_guard lock(workspace.mutex);
       if (!workspace.idle.empty()) {
@@ -105,8 +104,7 @@ std::unique_ptr<Workspace> CpuBackend::make_workspace(int64_t slots, int64_t slo
   return workspace;
 }
 
-void CpuBackend::run(Workspace& workspace, Groups groups,
-                     const std::function<void(Groups, const Scratch&)>& body) {
+void CpuBackend::run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) {
   auto& own = static_cast<CpuWorkspace&>(workspace);
   const auto run_group = [&](int64_t index) {
     const Group& group = groups[index];

@@ -16,8 +16,7 @@ struct Split {
 
 constexpr int64_t kFewRows = 8;         // bound by reading the weights: long runs
 constexpr int64_t kTasksPerThread = 4;  // so that a thread that is held up delays the others little
-constexpr double kTaskWork =
-    200e3;  // multiply-adds below which a further task costs more than it saves
+constexpr double kTaskWork = 200e3;     // multiply-adds below which a further task costs more than it saves
 
 // Runs of units for each of `blocks` row blocks: enough for `wanted` tasks, and a little more where
 // that gives every thread the same number.
@@ -29,12 +28,10 @@ int64_t runs_for(int64_t wanted, int64_t blocks, int64_t units, int64_t threads)
   return least;
 }
 
-Split split(const Kernels& kernels, int64_t rows, int64_t units, int64_t unit_columns, int64_t k,
-            int64_t threads) {
+Split split(const Kernels& kernels, int64_t rows, int64_t units, int64_t unit_columns, int64_t k, int64_t threads) {
   Split cut;
   cut.row_blocks = (rows + kernels.gemm_rows - 1) / kernels.gemm_rows;
-  const double work = static_cast<double>(rows) * static_cast<double>(units * unit_columns) *
-                      static_cast<double>(k);
+  const double work = static_cast<double>(rows) * static_cast<double>(units * unit_columns) * static_cast<double>(k);
   const int64_t most = threads * (rows <= kFewRows ? 1 : kTasksPerThread);
   const int64_t wanted = std::min(static_cast<int64_t>(work / kTaskWork), most);
   if (threads > 1 && wanted > 1) cut.unit_runs = runs_for(wanted, cut.row_blocks, units, threads);
@@ -43,13 +40,11 @@ Split split(const Kernels& kernels, int64_t rows, int64_t units, int64_t unit_co
 
 }  // namespace
 
-void multiply(ThreadPool& pool, const Kernels& kernels, const PackedMatrix& weights, Finish finish,
-              const float* in, int64_t ld_in, int64_t rows, float* out, int64_t ld_out, int64_t c0,
-              int64_t c1) {
+void multiply(ThreadPool& pool, const Kernels& kernels, const PackedMatrix& weights, Finish finish, const float* in,
+              int64_t ld_in, int64_t rows, float* out, int64_t ld_out, int64_t c0, int64_t c1) {
   if (rows <= 0 || c0 >= c1) return;
   finish.gated = weights.gated;
-  const int64_t first = c0 / weights.panel,
-                units = (c1 + weights.panel - 1) / weights.panel - first;
+  const int64_t first = c0 / weights.panel, units = (c1 + weights.panel - 1) / weights.panel - first;
   const int64_t unit_columns = weights.panel * (weights.gated ? 2 : 1);
   const Split cut = split(kernels, rows, units, unit_columns, weights.k, pool.threads());
   pool.parallel_for(cut.tasks(), [&](int64_t index) {

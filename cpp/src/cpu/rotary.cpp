@@ -36,8 +36,7 @@ double scaled(double f, const DecoderConfig& decoder) {
 
 // Positions that ordinary use reaches: two segments with their front and memory rows.
 int64_t usual_positions(const ModelConfig& config) {
-  return 2 * (config.memory.segment_size + config.front_rows() + config.memory.memory_tokens) +
-         kGrownTokens;
+  return 2 * (config.memory.segment_size + config.front_rows() + config.memory.memory_tokens) + kGrownTokens;
 }
 
 }  // namespace
@@ -46,10 +45,8 @@ RotaryTable::RotaryTable(const ModelConfig& config) {
   const DecoderConfig& decoder = config.decoder;
   const int64_t half = decoder.rotary_dims / 2;
   for (int64_t i = 0; i < half; ++i) {
-    const double exponent =
-        -2.0 * static_cast<double>(i) / static_cast<double>(decoder.rotary_dims);
-    frequencies_.push_back(
-        static_cast<float>(scaled(std::pow(decoder.rope_theta, exponent), decoder)));
+    const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(decoder.rotary_dims);
+    frequencies_.push_back(static_cast<float>(scaled(std::pow(decoder.rope_theta, exponent), decoder)));
   }
   if (half == 0) return;
   const int64_t rows = std::min(usual_positions(config), kTableFloats / (2 * half));
@@ -91,8 +88,7 @@ void CpuBackend::rotate_queries(Groups groups, const Rows& qkv) {
     if (norm == nullptr && rotary_.half() == 0) continue;
     pool_.parallel_ranges(group.row_count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        turn_heads(norm, group.rows[i].position, config_.decoder.n_heads,
-                   row_of(qkv, group.row_begin + i));
+        turn_heads(norm, group.rows[i].position, config_.decoder.n_heads, row_of(qkv, group.row_begin + i));
       }
     });
   }

@@ -16,9 +16,7 @@ class RotaryTable {
  public:
   explicit RotaryTable(const ModelConfig& config);
 
-  int64_t half() const {
-    return static_cast<int64_t>(frequencies_.size());
-  }  // 0: nothing is rotated
+  int64_t half() const { return static_cast<int64_t>(frequencies_.size()); }  // 0: nothing is rotated
   // cos [half], sin [half]; `spare` [2 half] may hold them.
   const float* at(int64_t position, float* spare) const;
 

@@ -41,12 +41,10 @@ void CpuBackend::embed_row(const Group& group, int64_t index, float* out) const 
     copy_rows(out, sink_.floats(), width);
   } else {
     const Block* carried = cell_of(group, index).carried;
-    const float* vectors =
-        carried != nullptr ? static_cast<const float*>(carried->data) : memory_.floats();
+    const float* vectors = carried != nullptr ? static_cast<const float*>(carried->data) : memory_.floats();
     copy_rows(out, vectors + (Row::kFirstMemory - row.source) * width, width);
   }
-  if (config_.decoder.learned_positions > 0)
-    kernels_.add(positions_.floats() + row.position * width, out, width);
+  if (config_.decoder.learned_positions > 0) kernels_.add(positions_.floats() + row.position * width, out, width);
 }
 
 void CpuBackend::embed(const Group& group, const Rows& out) {
@@ -56,28 +54,24 @@ void CpuBackend::embed(const Group& group, const Rows& out) {
 }
 
 void CpuBackend::norm_rows(Vector which, int64_t layer, const float* in, float* out, int64_t rows) {
-  const auto kernel =
-      config_.decoder.norm == NormKind::layer ? kernels_.layer_norm : kernels_.rms_norm;
+  const auto kernel = config_.decoder.norm == NormKind::layer ? kernels_.layer_norm : kernels_.rms_norm;
   const float* weight = vector(which, layer);
   const float* bias = vector(norm_bias(which), layer);
   const int64_t width = config_.decoder.d_model;
   const auto eps = static_cast<float>(config_.decoder.norm_eps);
   pool_.parallel_ranges(rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      kernel(in + r * width, out + r * width, width, weight, bias, eps);
+    for (int64_t r = begin; r < end; ++r) kernel(in + r * width, out + r * width, width, weight, bias, eps);
   });
 }
 
 void CpuBackend::norm(Vector which, Groups groups, const Rows& in, const Rows& out) {
   for (const Group& group : groups) {
-    norm_rows(which, group.layer, row_of(in, group.row_begin), row_of(out, group.row_begin),
-              group.row_count);
+    norm_rows(which, group.layer, row_of(in, group.row_begin), row_of(out, group.row_begin), group.row_count);
   }
 }
 
 void CpuBackend::final_norm(const Rows& in, const Rows& out, int64_t count) {
-  norm_rows(Vector::final_norm, 0, static_cast<const float*>(in.data),
-            static_cast<float*>(out.data), count);
+  norm_rows(Vector::final_norm, 0, static_cast<const float*>(in.data), static_cast<float*>(out.data), count);
 }
 
 void CpuBackend::gather(const Rows& from, std::span<const int64_t> rows, const Rows& to) {

@@ -46,8 +46,7 @@ struct AttentionTask {
 
 // q, scores, weighted values, sums and greatest scores of every line; one block's mask.
 static constexpr int64_t attention_scratch(int64_t lines, int64_t width) {
-  return padded(lines * width) + lines * (kKeyBlock + padded(width) + kLaneFloats) + padded(lines) +
-         kKeyBlock;
+  return padded(lines * width) + lines * (kKeyBlock + padded(width) + kLaneFloats) + padded(lines) + kKeyBlock;
 }
 
 // A feature of phi(x) that is not zero.

@@ -102,8 +102,7 @@ void ThreadPool::run_shared(int64_t count, Body body, void* context) {
   context_ = context;
   failed_.store(false, std::memory_order_relaxed);
   finished_.store(0, std::memory_order_relaxed);
-  ticket_.store(new_ticket(ticket_.load(std::memory_order_relaxed), count),
-                std::memory_order_release);
+  ticket_.store(new_ticket(ticket_.load(std::memory_order_relaxed), count), std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
 
@@ -112,8 +111,7 @@ void ThreadPool::run_shared(int64_t count, Body body, void* context) {
   }
   inside_job = false;
   wait_until_finished(count);
-  if (failed_.load(std::memory_order_relaxed))
-    std::rethrow_exception(std::exchange(failure_, nullptr));
+  if (failed_.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void ThreadPool::start_workers() {
@@ -141,8 +139,7 @@ bool ThreadPool::take_index() {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   do {
     if (next_index(ticket) >= count_of(ticket)) return false;
-  } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
-                                          std::memory_order_acquire));
+  } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire));
   if (!failed_.load(std::memory_order_relaxed)) {
     try {
       body_(context_, static_cast<int64_t>(next_index(ticket)));

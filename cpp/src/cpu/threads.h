@@ -21,8 +21,7 @@ namespace armt::cpu {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(
-      int64_t threads);  // 0: as many as the process may use; the caller counts as one
+  explicit ThreadPool(int64_t threads);  // 0: as many as the process may use; the caller counts as one
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -79,7 +78,7 @@ class ThreadPool {
   // another.
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int32_t> finished_{0};  // indices done
-  alignas(64) std::atomic<int32_t> epoch_{0};  // grows with every job; sleeping workers wait on it
+  alignas(64) std::atomic<int32_t> epoch_{0};     // grows with every job; sleeping workers wait on it
   std::atomic<bool> stop_{false};
 };
 

@@ -76,8 +76,7 @@ void with_element(DType dtype, Fn&& fn) {
 
 // Rows first .. first+count-1 of W as one panel [k][panel], zero padded.
 template <class Element, class Weight>
-void pack_panel(const HostMatrix& matrix, int64_t first, int64_t count, int64_t panel,
-                Weight* out) {
+void pack_panel(const HostMatrix& matrix, int64_t first, int64_t count, int64_t panel, Weight* out) {
   const auto* from = static_cast<const Element*>(matrix.data) + first * matrix.row_stride;
   for (int64_t k = 0; k < matrix.cols; ++k) {
     for (int64_t lane = 0; lane < count; ++lane) {
@@ -101,8 +100,7 @@ void pack_all(const HostMatrix& from, PackedMatrix& to, ThreadPool& pool) {
 
 }  // namespace
 
-PackedMatrix pack(const HostMatrix& matrix, int64_t panel, bool bf16, bool gated,
-                  ThreadPool& pool) {
+PackedMatrix pack(const HostMatrix& matrix, int64_t panel, bool bf16, bool gated, ThreadPool& pool) {
   PackedMatrix packed;
   packed.n = matrix.rows;
   packed.k = matrix.cols;
@@ -138,8 +136,7 @@ Buffer plain_rows(const HostMatrix& matrix) {
     const auto* from = static_cast<const Element*>(matrix.data);
     for (int64_t r = 0; r < matrix.rows; ++r) {
       for (int64_t c = 0; c < matrix.cols; ++c) {
-        rows.floats()[r * matrix.cols + c] =
-            widen(from[r * matrix.row_stride + c * matrix.col_stride]);
+        rows.floats()[r * matrix.cols + c] = widen(from[r * matrix.row_stride + c * matrix.col_stride]);
       }
     }
   });
@@ -155,10 +152,9 @@ const char* name_of(Matrix which) {
 }
 
 const char* name_of(Vector which) {
-  constexpr const char* kNames[] = {
-      "qkv_bias", "attn_out_bias", "mlp_up_bias",    "mlp_down_bias", "mem_gate_bias",
-      "norm1",    "norm1_bias",    "norm2",          "norm2_bias",    "q_norm",
-      "k_norm",   "final_norm",    "final_norm_bias"};
+  constexpr const char* kNames[] = {"qkv_bias", "attn_out_bias", "mlp_up_bias",    "mlp_down_bias", "mem_gate_bias",
+                                    "norm1",    "norm1_bias",    "norm2",          "norm2_bias",    "q_norm",
+                                    "k_norm",   "final_norm",    "final_norm_bias"};
   static_assert(std::size(kNames) == static_cast<size_t>(Vector::count));
   return kNames[static_cast<size_t>(which)];
 }

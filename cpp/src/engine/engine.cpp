@@ -18,10 +18,14 @@ struct Required {
 
 std::vector<Required> required_tensors(const ModelConfig& config) {
   std::vector<Required> all = {
-      {"qkv", int(Matrix::qkv), true},           {"attn_out", int(Matrix::attn_out), true},
-      {"mlp_up", int(Matrix::mlp_up), true},     {"mlp_down", int(Matrix::mlp_down), true},
-      {"embedding", int(Matrix::embedding), false}, {"memory", int(Matrix::memory), false},
-      {"norm1", kVectorKey + int(Vector::norm1), true}, {"norm2", kVectorKey + int(Vector::norm2), true},
+      {"qkv", int(Matrix::qkv), true},
+      {"attn_out", int(Matrix::attn_out), true},
+      {"mlp_up", int(Matrix::mlp_up), true},
+      {"mlp_down", int(Matrix::mlp_down), true},
+      {"embedding", int(Matrix::embedding), false},
+      {"memory", int(Matrix::memory), false},
+      {"norm1", kVectorKey + int(Vector::norm1), true},
+      {"norm2", kVectorKey + int(Vector::norm2), true},
       {"final_norm", kVectorKey + int(Vector::final_norm), false},
   };
   if (config.has_association()) {
@@ -134,8 +138,7 @@ void Engine::run(std::span<Job> jobs, const RunHooks& hooks) {
   try {
     Planner planner(config_, jobs);
     if (planner.done()) return;
-    const int64_t in_flight =
-        waves_in_flight(config_, planner, options_.schedule, options_.backend.threads);
+    const int64_t in_flight = waves_in_flight(config_, planner, options_.schedule, options_.backend.threads);
     WorkspaceLease workspace(*this, in_flight, planner.max_wave_rows());
     run_in(*workspace, planner, in_flight, hooks);
     for (const Job& job : jobs) ++job.state->version;

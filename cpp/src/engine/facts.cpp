@@ -20,8 +20,7 @@ constexpr std::array<std::string_view, 4> kNames<Dialect> = {"paper", "modern", 
 template <>
 constexpr std::array<std::string_view, 2> kNames<NormKind> = {"layer", "rms"};
 template <>
-constexpr std::array<std::string_view, 4> kNames<ActivationKind> = {"gelu_tanh", "gelu_erf", "silu",
-                                                                    "relu"};
+constexpr std::array<std::string_view, 4> kNames<ActivationKind> = {"gelu_tanh", "gelu_erf", "silu", "relu"};
 template <>
 constexpr std::array<std::string_view, 3> kNames<RopeScaling> = {"none", "linear", "llama3"};
 
@@ -109,8 +108,7 @@ bool assign(T& field, const FactValue& value) {
 
 std::vector<Fact> list_facts(const StateFacts& facts) {
   std::vector<Fact> all;
-  each_fact(facts,
-            [&](const char* name, const auto& field) { all.push_back({name, to_value(field)}); });
+  each_fact(facts, [&](const char* name, const auto& field) { all.push_back({name, to_value(field)}); });
   return all;
 }
 
@@ -125,8 +123,8 @@ StateFacts facts_from(std::span<const Fact> facts, const std::string& where) {
     const auto found = left.find(name);
     if (found == left.end()) return;
     if (!assign(field, *found->second)) {
-      faults += std::string("\n  - ") + name + ": found " + text_of(*found->second) +
-                ", which this build does not know";
+      faults +=
+          std::string("\n  - ") + name + ": found " + text_of(*found->second) + ", which this build does not know";
     }
     left.erase(found);
   });
@@ -141,8 +139,8 @@ StateFacts facts_from(std::span<const Fact> facts, const std::string& where) {
       faults = std::string("\n  - ") + error.what();
     }
   }
-  throw StateError(where + ": the model settings in it cannot be used; was it written by a newer " +
-                   "release?" + faults);
+  throw StateError(where + ": the model settings in it cannot be used; was it written by a newer " + "release?" +
+                   faults);
 }
 
 void require_same_model(const StateFacts& state, const StateFacts& engine) {

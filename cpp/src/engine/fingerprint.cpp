@@ -43,8 +43,7 @@ uint32_t float_bits(const HostMatrix& matrix, int64_t index) {
     case DType::bf16:
       return uint32_t{static_cast<const uint16_t*>(matrix.data)[index]} << 16;
     case DType::f16:
-      return std::bit_cast<uint32_t>(
-          half_to_float(static_cast<const uint16_t*>(matrix.data)[index]));
+      return std::bit_cast<uint32_t>(half_to_float(static_cast<const uint16_t*>(matrix.data)[index]));
   }
   return 0;
 }

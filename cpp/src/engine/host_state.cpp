@@ -15,8 +15,7 @@ int64_t product(std::initializer_list<int64_t> factors, const std::string& where
   int64_t result = 1;
   for (const int64_t factor : factors) {
     if (__builtin_mul_overflow(result, factor, &result) || result > kLimit) {
-      throw StateError(where +
-                       ": the model settings in it ask for a layer of more than 2^48 numbers");
+      throw StateError(where + ": the model settings in it ask for a layer of more than 2^48 numbers");
     }
   }
   return result;
@@ -39,8 +38,7 @@ BlockRef upload(Backend& backend, const std::vector<float>& values) {
 HostRows export_rows(Backend& backend, const KvCache& cache, int64_t count, int64_t row) {
   HostRows rows;
   if (count == 0) return rows;
-  if (cache.rows != count)
-    throw std::logic_error("a cache's rows disagree with its stream's tokens");
+  if (cache.rows != count) throw std::logic_error("a cache's rows disagree with its stream's tokens");
   rows.k.resize(count * row);
   rows.v.resize(count * row);
   backend.export_kv(cache, rows.k.data(), rows.v.data());
@@ -62,8 +60,8 @@ LayerMemory download_memory(Backend& backend, const Association& memory, const S
   result.written = true;
   result.a = download(backend, *memory.block, 0, shape.matrix);
   result.z = download(backend, *memory.block, shape.matrix, shape.normaliser);
-  backend.download(*memory.block, (shape.matrix + shape.normaliser) * kFloat,
-                   result.statistics.data(), kWriteStats * kFloat);
+  backend.download(*memory.block, (shape.matrix + shape.normaliser) * kFloat, result.statistics.data(),
+                   kWriteStats * kFloat);
   return result;
 }
 
@@ -80,8 +78,7 @@ Association upload_memory(Backend& backend, const ModelConfig& config, const Lay
 void check_ids(const std::vector<int32_t>& ids, int64_t vocab, const std::string& what) {
   for (const int32_t id : ids) {
     if (id >= 0 && id < vocab) continue;
-    throw StateError(what + ": found token id " + std::to_string(id) + ", expected 0 .. " +
-                     std::to_string(vocab - 1));
+    throw StateError(what + ": found token id " + std::to_string(id) + ", expected 0 .. " + std::to_string(vocab - 1));
   }
 }
 
@@ -110,9 +107,7 @@ StateShape::StateShape(const ModelConfig& config, const std::string& where) {
 }
 
 StateFacts facts_of(const Engine& engine) {
-  return {.config = engine.config(),
-          .weight_dtype = engine.backend().weight_dtype(),
-          .weights = engine.fingerprint()};
+  return {.config = engine.config(), .weight_dtype = engine.backend().weight_dtype(), .weights = engine.fingerprint()};
 }
 
 void check_counters(const HostState& state, const std::string& where) {
@@ -125,13 +120,10 @@ void check_counters(const HostState& state, const std::string& where) {
   };
   const MemoryConfig& memory = state.facts.config.memory;
   const int64_t open = std::ssize(state.open_tokens), previous = std::ssize(state.previous_tokens);
-  require(state.tokens >= open && state.tokens - open >= previous && state.tokens < kMost, "tokens",
-          state.tokens);
-  require(state.closed_segments >= 0 && state.closed_segments < kMost, "closed_segments",
-          state.closed_segments);
+  require(state.tokens >= open && state.tokens - open >= previous && state.tokens < kMost, "tokens", state.tokens);
+  require(state.closed_segments >= 0 && state.closed_segments < kMost, "closed_segments", state.closed_segments);
   const bool inner = memory.dialect == Dialect::inner;
-  require(state.position_base >= 0 && state.position_base < (inner ? kMost : 1), "position_base",
-          state.position_base);
+  require(state.position_base >= 0 && state.position_base < (inner ? kMost : 1), "position_base", state.position_base);
   const bool window = memory.sliding_window && state.window_tokens == previous;
   require(state.window_tokens == 0 || window, "window_tokens", state.window_tokens);
   // Rows are numbered with 32 bits inside a segment.
@@ -139,8 +131,7 @@ void check_counters(const HostState& state, const std::string& where) {
   require(state.current_rows() < kMostRows, "open tokens", open);
   require(state.previous_rows() < kMostRows, "previous tokens", previous);
   check_ids(state.open_tokens, state.facts.config.decoder.vocab_size, where + ": open tokens");
-  check_ids(state.previous_tokens, state.facts.config.decoder.vocab_size,
-            where + ": previous tokens");
+  check_ids(state.previous_tokens, state.facts.config.decoder.vocab_size, where + ": previous tokens");
 }
 
 HostState to_host(const Snapshot& snapshot) {
@@ -181,8 +172,8 @@ std::vector<float> carried_memory(const Snapshot& snapshot) {
 }
 
 int64_t host_bytes(const HostState& state) {
-  int64_t numbers = std::ssize(state.open_tokens) + std::ssize(state.previous_tokens) +
-                    std::ssize(state.carried) + std::ssize(state.last_hidden);
+  int64_t numbers = std::ssize(state.open_tokens) + std::ssize(state.previous_tokens) + std::ssize(state.carried) +
+                    std::ssize(state.last_hidden);
   for (const HostLayer& layer : state.layers) {
     numbers += std::ssize(layer.memory.a) + std::ssize(layer.memory.z);
     numbers += 2 * (std::ssize(layer.current.k) + std::ssize(layer.previous.k));

@@ -12,19 +12,17 @@ namespace {
 struct Frame {
   const ModelConfig& config;
   const Item& item;
-  int64_t window = 0;      // W: tokens of the previous segment that are still cached
-  int64_t first = 0;       // tokens of this segment in front of the piece
-  int64_t tokens = 0;      // tokens of this segment, piece included
-  int64_t base = 0;        // rotary number of the segment's first row
+  int64_t window = 0;  // W: tokens of the previous segment that are still cached
+  int64_t first = 0;   // tokens of this segment in front of the piece
+  int64_t tokens = 0;  // tokens of this segment, piece included
+  int64_t base = 0;    // rotary number of the segment's first row
   bool grow = false;
 
   const MemoryConfig& memory() const { return config.memory; }
   int64_t front() const { return config.front_rows(); }
   bool inner() const { return memory().dialect == Dialect::inner; }
   // The mask in which memory rows see each other and padding (modern window, and always in the inner loop).
-  bool open_memory_mask() const {
-    return inner() || (memory().dialect == Dialect::modern && memory().sliding_window);
-  }
+  bool open_memory_mask() const { return inner() || (memory().dialect == Dialect::modern && memory().sliding_window); }
   // First row of the previous cache that augmented row `a` sees, where token j of that segment is row front + j.
   int64_t previous_from(int64_t j) const { return front() + std::min(j, window); }
 };
@@ -90,8 +88,8 @@ bool sees_nothing(const Row& row, const Item& item) {
 
 void check_position(const ModelConfig& config, const Row& row) {
   if (config.decoder.learned_positions == 0 || row.position < config.decoder.learned_positions) return;
-  throw InvalidArgument("segment: position " + std::to_string(row.position) + " is past the model's position table of " +
-                        std::to_string(config.decoder.learned_positions) +
+  throw InvalidArgument("segment: position " + std::to_string(row.position) +
+                        " is past the model's position table of " + std::to_string(config.decoder.learned_positions) +
                         " rows; use shorter segments, or let generation roll over into a new segment");
 }
 
@@ -148,7 +146,8 @@ void Planner::check_length(int64_t tokens, int64_t window) const {
   const int64_t limit = config_.segment_limit(window);
   if (tokens <= limit) return;
   throw InvalidArgument("segment: " + std::to_string(tokens) + " tokens, but the model's position table holds " +
-                        std::to_string(limit) + " here; let generation roll over into a new segment, or close the segment");
+                        std::to_string(limit) +
+                        " here; let generation roll over into a new segment, or close the segment");
 }
 
 bool Planner::add_item(Cursor& cursor, Wave& wave) {
@@ -181,8 +180,7 @@ bool Planner::add_item(Cursor& cursor, Wave& wave) {
   cursor.next_token += item.token_count;
   if (closes) {
     if (config_.memory.dialect == Dialect::inner) state.position_base += item.segment_rows + item.memory_rows;
-    state.window_tokens =
-        config_.memory.sliding_window && job.windowed ? std::ssize(state.open_tokens) : 0;
+    state.window_tokens = config_.memory.sliding_window && job.windowed ? std::ssize(state.open_tokens) : 0;
     state.previous_tokens = std::move(state.open_tokens);
     state.open_tokens.clear();
     ++state.closed_segments;

@@ -18,9 +18,9 @@ struct Job {
   StreamState* state = nullptr;
   std::span<const int32_t> tokens;
   LogitsWanted logits = LogitsWanted::none;
-  bool close_last = false;  // close the last segment too (step, forward, close_segment)
-  bool grow = false;        // let the open segment outgrow segment_size (generation with rollover off)
-  bool windowed = true;     // false: ignore the sliding window (the published paper-dialect generation does)
+  bool close_last = false;         // close the last segment too (step, forward, close_segment)
+  bool grow = false;               // let the open segment outgrow segment_size (generation with rollover off)
+  bool windowed = true;            // false: ignore the sliding window (the published paper-dialect generation does)
   std::vector<int64_t> cuts;       // forward: lengths of the segments; empty: segment_size each
   std::vector<uint8_t> attention;  // forward: 1 = real token, 0 = padding, [tokens]; empty: no padding
 };
@@ -31,8 +31,8 @@ struct Item {
   int64_t token_begin = 0, token_count = 0;  // in job->tokens
   int64_t row_begin = 0, row_count = 0;      // in the wave
   int64_t front_rows = 0, memory_rows = 0;
-  int64_t kv_begin = 0;       // cache row of the first row
-  int64_t segment_rows = 0;   // rows of the segment up to and with this piece, memory rows not counted
+  int64_t kv_begin = 0;      // cache row of the first row
+  int64_t segment_rows = 0;  // rows of the segment up to and with this piece, memory rows not counted
   bool last_of_job = false;
   BlockRef carried;                   // RMT: memory vectors of this segment
   std::vector<uint8_t> visible;       // [segment_rows + memory_rows], padding only

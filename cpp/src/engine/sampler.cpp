@@ -20,7 +20,8 @@ struct Candidate {
 // versions of exp do).
 double portable_exp(double x) {
   if (x < -700.0) return 0.0;
-  constexpr double kLog2e = 1.4426950408889634, kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
+  constexpr double kLog2e = 1.4426950408889634, kLn2High = 0.693147180369123816490,
+                   kLn2Low = 1.90821492927058770002e-10;
   const double n = std::floor(x * kLog2e + 0.5);
   const double r = (x - n * kLn2High) - n * kLn2Low;  // |r| <= ln 2 / 2
   double sum = 1.0;
@@ -116,8 +117,8 @@ double log_probability(std::span<const float> logits, int32_t token) {
   return static_cast<double>(logits[token]) - greatest - std::log(sum);
 }
 
-Choice choose_token(std::span<const float> logits, const SamplingParams& params,
-                    std::span<const int32_t> seen, SamplerState& sampler) {
+Choice choose_token(std::span<const float> logits, const SamplingParams& params, std::span<const int32_t> seen,
+                    SamplerState& sampler) {
   std::vector<double> values(logits.begin(), logits.end());
   if (params.repetition_penalty != 1.0) penalise(values, seen, params.repetition_penalty);
   if (params.temperature == 0.0) {

@@ -25,8 +25,8 @@ struct Choice {
 
 // `logits` [vocab]; `seen` are the ids that the repetition penalty applies to. Advances `sampler` by one draw unless
 // temperature is 0.
-Choice choose_token(std::span<const float> logits, const SamplingParams& params,
-                    std::span<const int32_t> seen, SamplerState& sampler);
+Choice choose_token(std::span<const float> logits, const SamplingParams& params, std::span<const int32_t> seen,
+                    SamplerState& sampler);
 
 // Uniform number in [0, 1) number `index` of the sequence `seed`: a 64-bit mix of the two (a counter-based generator).
 double uniform(uint64_t seed, uint64_t index);

@@ -11,7 +11,8 @@ class SessionLock {
  public:
   explicit SessionLock(const Session& session) : session_(session) {
     if (session.busy_.exchange(true, std::memory_order_acquire)) {
-      throw StateError("session: it is in use by another thread; give each thread a session of its own (fork() is cheap)");
+      throw StateError(
+          "session: it is in use by another thread; give each thread a session of its own (fork() is cheap)");
     }
     if (session.closed()) {
       session.busy_.store(false, std::memory_order_release);
@@ -92,8 +93,9 @@ Snapshot Session::snapshot() const {
 void Session::rollback(const Snapshot& snapshot) {
   SessionLock lock(*this);
   if (snapshot.session_id != id_) {
-    throw StateError("rollback: the checkpoint belongs to another session; to continue from it, make a session with "
-                     "engine.session(state=...)");
+    throw StateError(
+        "rollback: the checkpoint belongs to another session; to continue from it, make a session with "
+        "engine.session(state=...)");
   }
   const uint64_t version = state_.version;
   state_ = snapshot.state;

@@ -69,8 +69,7 @@ class Session {
  private:
   friend class SessionLock;
   friend void run_calls(Engine& engine, std::span<Call> calls, const RunHooks& hooks);
-  friend std::vector<Choice> choose_tokens(std::span<Session* const> sessions,
-                                           std::span<const SamplingParams> params);
+  friend std::vector<Choice> choose_tokens(std::span<Session* const> sessions, std::span<const SamplingParams> params);
 
   std::shared_ptr<Engine> engine_;
   StreamState state_;
@@ -82,7 +81,8 @@ class Session {
 // Runs all calls in one batched pass, all or nothing. The sessions are distinct and of this engine.
 void run_calls(Engine& engine, std::span<Call> calls, const RunHooks& hooks = {});
 
-// The next token of each session from its last token's logits; a sampler draw is counted in the session, nothing is fed.
+// The next token of each session from its last token's logits; a sampler draw is counted in the session, nothing is
+// fed.
 std::vector<Choice> choose_tokens(std::span<Session* const> sessions, std::span<const SamplingParams> params);
 
 }  // namespace armt

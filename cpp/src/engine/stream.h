@@ -21,11 +21,11 @@ struct StreamState {
   int64_t window_tokens = 0;             // tokens held by LayerState::previous (0: no window, or first segment)
   int64_t position_base = 0;             // inner loop: rows of all closed segments
   int64_t closed_segments = 0;
-  int64_t tokens = 0;       // fed and generated, since the last reset
-  BlockRef carried;         // RMT: memory vectors [m, D] float32 from the last closed segment; null: the learned ones
-  BlockRef last_hidden;     // [D] float32 after the final norm, of the last token; null: no token yet
+  int64_t tokens = 0;    // fed and generated, since the last reset
+  BlockRef carried;      // RMT: memory vectors [m, D] float32 from the last closed segment; null: the learned ones
+  BlockRef last_hidden;  // [D] float32 after the final norm, of the last token; null: no token yet
   SamplerState sampler;
-  uint64_t version = 0;     // counts the calls that changed this stream
+  uint64_t version = 0;  // counts the calls that changed this stream
 };
 
 StreamState make_stream(const ModelConfig& config);

@@ -4,8 +4,7 @@ namespace armt {
 namespace {
 
 // From the attention's output (scratch.context) to the block's; `x` holds the residual stream.
-void finish_block(Backend& backend, const ModelConfig& config, const Scratch& scratch, Groups groups,
-                  const Rows& x) {
+void finish_block(Backend& backend, const ModelConfig& config, const Scratch& scratch, Groups groups, const Rows& x) {
   // The parallel form normalises the block's input, so before attention is added to it.
   const bool parallel = config.decoder.parallel_residual;
   if (parallel) {
@@ -27,8 +26,8 @@ Scratch from_zero(Scratch scratch) {
 
 }  // namespace
 
-void run_blocks(Backend& backend, const ModelConfig& config, const Workspace& workspace,
-                const Scratch& scratch, Groups groups) {
+void run_blocks(Backend& backend, const ModelConfig& config, const Workspace& workspace, const Scratch& scratch,
+                Groups groups) {
   if (groups.empty()) return;
   const Rows& x = workspace.residual;
   if (config.has_association()) backend.memory_read(groups, x);
@@ -40,8 +39,8 @@ void run_blocks(Backend& backend, const ModelConfig& config, const Workspace& wo
   finish_block(backend, config, scratch, groups, x);
 }
 
-void run_last_block(Backend& backend, const ModelConfig& config, const Workspace& workspace,
-                    const Scratch& scratch, const Group& group, const OutputRows& outputs) {
+void run_last_block(Backend& backend, const ModelConfig& config, const Workspace& workspace, const Scratch& scratch,
+                    const Group& group, const OutputRows& outputs) {
   const Groups all(&group, 1);
   const Groups needed(&outputs.group, 1);
   if (config.has_association()) backend.memory_read(all, workspace.residual);

@@ -16,11 +16,11 @@ struct OutputRows {
 };
 
 // read, attention, MLP, write for groups of any layers; residual rows in place.
-void run_blocks(Backend& backend, const ModelConfig& config, const Workspace& workspace,
-                const Scratch& scratch, Groups groups);
+void run_blocks(Backend& backend, const ModelConfig& config, const Workspace& workspace, const Scratch& scratch,
+                Groups groups);
 
 // The last layer of one wave; leaves the outputs in Workspace::last.
-void run_last_block(Backend& backend, const ModelConfig& config, const Workspace& workspace,
-                    const Scratch& scratch, const Group& group, const OutputRows& outputs);
+void run_last_block(Backend& backend, const ModelConfig& config, const Workspace& workspace, const Scratch& scratch,
+                    const Group& group, const OutputRows& outputs);
 
 }  // namespace armt

@@ -18,7 +18,7 @@ struct Flight {
   Group group;
 
   // The last layer's share: rows that somebody needs, compacted.
-  std::vector<int64_t> gathered;      // absolute rows
+  std::vector<int64_t> gathered;  // absolute rows
   std::vector<Row> output_rows;
   std::vector<Cell> output_cells;
   std::vector<int64_t> output_tokens;  // of each item
@@ -149,8 +149,8 @@ int64_t waves_in_flight(const ModelConfig& config, const Planner& planner, Sched
   return threads > 1 && small ? layers : 1;
 }
 
-void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace, Planner& planner,
-               int64_t in_flight, const ScheduleHooks& hooks) {
+void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace, Planner& planner, int64_t in_flight,
+               const ScheduleHooks& hooks) {
   const int64_t last_layer = config.decoder.n_layers - 1;
   std::deque<Flight> flights;
   std::vector<Group> groups;

@@ -1,6 +1,6 @@
-// The order of (segment, layer) cells. Cell (segment i, layer l) needs (i, l - 1) and (i - 1, l) only, so all cells with
-// equal i + l are independent: the diagonal schedule runs them together, the sequential one goes segment by segment.
-// Both give the same numbers (arXiv 2506.04761 describes the diagonals).
+// The order of (segment, layer) cells. Cell (segment i, layer l) needs (i, l - 1) and (i - 1, l) only, so all cells
+// with equal i + l are independent: the diagonal schedule runs them together, the sequential one goes segment by
+// segment. Both give the same numbers (arXiv 2506.04761 describes the diagonals).
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace armt {
 
 enum class Schedule : uint8_t { automatic, sequential, diagonal };
 
-// Output rows of one finished item: rows first .. first+tokens-1 of `normed` (from its origin) belong to the job's tokens
-// token_begin .. token_begin+tokens-1; for a closed segment memory rows follow.
+// Output rows of one finished item: rows first .. first+tokens-1 of `normed` (from its origin) belong to the job's
+// tokens token_begin .. token_begin+tokens-1; for a closed segment memory rows follow.
 struct FinishedItem {
   const Item& item;
   const Rows& normed;
@@ -34,7 +34,7 @@ int64_t waves_in_flight(const ModelConfig& config, const Planner& planner, Sched
 
 // Runs all of the planner's waves through the layers. The workspace has at least `in_flight` slots of at least
 // planner.max_wave_rows() rows. On an exception the streams are left half-way: the caller restores them.
-void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace, Planner& planner,
-               int64_t in_flight, const ScheduleHooks& hooks);
+void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace, Planner& planner, int64_t in_flight,
+               const ScheduleHooks& hooks);
 
 }  // namespace armt

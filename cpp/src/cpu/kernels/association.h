@@ -8,8 +8,7 @@
 
 namespace armt::cpu::ARMT_ISA_NAME {
 
-inline constexpr int kMemoryVectors =
-    8;  // vectors of a row of A that a pass over the features sums up
+inline constexpr int kMemoryVectors = 8;  // vectors of a row of A that a pass over the features sums up
 
 // phi(x), x [n]: u = (max(x, 0), max(-x, 0)); block j = 1 .. rolls has u[i] u[(i - j) mod 2n] at i.
 // Writes the non-zero features, ascending, and returns how many. NaN stays NaN.     arXiv
@@ -47,8 +46,8 @@ static int64_t features(const float* x, int64_t n, int64_t rolls, Feature* out, 
 // out += sign (sum_f value_f A[f]) / den over V vectors of columns, one chain over the features in
 // order.
 template <int V>
-static inline void recall_vectors(const Feature* features, int64_t count, const float* a,
-                                  int64_t ld, vf den, vf sign, float* out) {
+static inline void recall_vectors(const Feature* features, int64_t count, const float* a, int64_t ld, vf den, vf sign,
+                                  float* out) {
   vf sums[V];
   ARMT_UNROLL for (int v = 0; v < V; ++v) sums[v] = vf{};
   for (int64_t i = 0; i < count; ++i) {
@@ -61,8 +60,8 @@ static inline void recall_vectors(const Feature* features, int64_t count, const 
   }
 }
 
-static inline void recall_part(const Feature* features, int64_t count, const float* a, int64_t ld,
-                               int64_t columns, vf den, vf sign, float* out) {
+static inline void recall_part(const Feature* features, int64_t count, const float* a, int64_t ld, int64_t columns,
+                               vf den, vf sign, float* out) {
   vf sums = {};
   for (int64_t i = 0; i < count; ++i) {
     sums = fma(splat(features[i].value), load_part(a + features[i].index * ld, columns), sums);
@@ -70,8 +69,8 @@ static inline void recall_part(const Feature* features, int64_t count, const flo
   store_part(out, load_part(out, columns) + sign * (sums / den), columns);
 }
 
-static void recall(const Feature* features, int64_t count, const float* a, int64_t ld,
-                   int64_t columns, float den, float sign, float* out) {
+static void recall(const Feature* features, int64_t count, const float* a, int64_t ld, int64_t columns, float den,
+                   float sign, float* out) {
   const vf dens = splat(den), signs = splat(sign);
   int64_t e = 0;
   for (; e + kMemoryVectors * kWidth <= columns; e += kMemoryVectors * kWidth) {
@@ -81,17 +80,15 @@ static void recall(const Feature* features, int64_t count, const float* a, int64
     recall_vectors<4>(features, count, a + e, ld, dens, signs, out + e);
     e += 4 * kWidth;
   }
-  for (; e + kWidth <= columns; e += kWidth)
-    recall_vectors<1>(features, count, a + e, ld, dens, signs, out + e);
+  for (; e + kWidth <= columns; e += kWidth) recall_vectors<1>(features, count, a + e, ld, dens, signs, out + e);
   if (e < columns) recall_part(features, count, a + e, ld, columns - e, dens, signs, out + e);
 }
 
 template <int V>
-static inline void update_vectors(const Feature* keys, int64_t count, const float* delta,
-                                  int64_t ld, const float* from, float* to) {
+static inline void update_vectors(const Feature* keys, int64_t count, const float* delta, int64_t ld, const float* from,
+                                  float* to) {
   vf sums[V];
-  ARMT_UNROLL for (int v = 0; v < V; ++v) sums[v] =
-      from == nullptr ? vf{} : load(from + v * kWidth);
+  ARMT_UNROLL for (int v = 0; v < V; ++v) sums[v] = from == nullptr ? vf{} : load(from + v * kWidth);
   for (int64_t i = 0; i < count; ++i) {
     const float* row = delta + keys[i].index * ld;
     const vf value = splat(keys[i].value);
@@ -100,15 +97,13 @@ static inline void update_vectors(const Feature* keys, int64_t count, const floa
   ARMT_UNROLL for (int v = 0; v < V; ++v) store(to + v * kWidth, sums[v]);
 }
 
-static void update(const Feature* keys, int64_t count, const float* delta, int64_t ld,
-                   int64_t columns, const float* from, float* to) {
+static void update(const Feature* keys, int64_t count, const float* delta, int64_t ld, int64_t columns,
+                   const float* from, float* to) {
   if (count == 0 && from == to) return;
   int64_t e = 0;
   const auto at = [from](int64_t column) { return from == nullptr ? nullptr : from + column; };
-  for (; e + 4 * kWidth <= columns; e += 4 * kWidth)
-    update_vectors<4>(keys, count, delta + e, ld, at(e), to + e);
-  for (; e + kWidth <= columns; e += kWidth)
-    update_vectors<1>(keys, count, delta + e, ld, at(e), to + e);
+  for (; e + 4 * kWidth <= columns; e += 4 * kWidth) update_vectors<4>(keys, count, delta + e, ld, at(e), to + e);
+  for (; e + kWidth <= columns; e += kWidth) update_vectors<1>(keys, count, delta + e, ld, at(e), to + e);
   if (e == columns) return;
   vf sums = from == nullptr ? vf{} : load_part(from + e, columns - e);
   for (int64_t i = 0; i < count; ++i) {

@@ -25,8 +25,7 @@ inline constexpr float kLog2E = 1.44269504f;  // scores are in units of ln 2: e^
 // 2^x for x <= 0, within 1.6e-7; 2^-126 below that; NaN stays NaN.
 // x = n + r, |r| <= 1/2;  2^x = 2^n p(r), p(0) = 1.
 static inline vf power_of_two(vf x) {
-  const vf magic =
-      splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held by the low bits
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held by the low bits
   const vf bounded = max(splat(-126.0f), x);
   const vf shifted = bounded + magic;
   const vf r = bounded - (shifted - magic);
@@ -77,12 +76,11 @@ static constexpr int columns_of_tile() {
 // C [R, V W] (+)= A [R, k] B [k, V W], one chain of fused multiply-adds over k for each element, so
 // that it does not depend on the tile that computes it.
 template <int R, int V>
-static inline void line_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-                             float* c, int64_t ldc, bool accumulate) {
+static inline void line_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                             bool accumulate) {
   vf sums[R][V];
   ARMT_UNROLL for (int r = 0; r < R; ++r) {
-    ARMT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] =
-        accumulate ? load(c + r * ldc + v * kWidth) : vf{};
+    ARMT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = accumulate ? load(c + r * ldc + v * kWidth) : vf{};
   }
   for (int64_t i = 0; i < k; ++i) {
     vf column[V];
@@ -100,21 +98,19 @@ static inline void line_tile(int64_t k, const float* a, int64_t lda, const float
 
 // The same for n columns, a multiple of W.
 template <int R, int V = columns_of_tile<R>()>
-static inline void multiply_tile(int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-                                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+static inline void multiply_tile(int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                                 float* c, int64_t ldc, bool accumulate) {
   int64_t column = 0;
   for (; column + V * kWidth <= n; column += V * kWidth) {
     line_tile<R, V>(k, a, lda, b + column, ldb, c + column, ldc, accumulate);
   }
   if constexpr (V > 1) {
-    if (column < n)
-      multiply_tile<R, V / 2>(n - column, k, a, lda, b + column, ldb, c + column, ldc, accumulate);
+    if (column < n) multiply_tile<R, V / 2>(n - column, k, a, lda, b + column, ldb, c + column, ldc, accumulate);
   }
 }
 
-static inline void multiply_lines(int64_t lines, int64_t n, int64_t k, const float* a, int64_t lda,
-                                  const float* b, int64_t ldb, float* c, int64_t ldc,
-                                  bool accumulate) {
+static inline void multiply_lines(int64_t lines, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                                  int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   switch (lines) {
     case 1:
       return multiply_tile<1>(n, k, a, lda, b, ldb, c, ldc, accumulate);
@@ -136,8 +132,7 @@ static inline int64_t lines_in_tile(const Lines& lines, int64_t first) {
 }
 
 static inline Range seen_range(const Sight& sight, const KeyBlock& block) {
-  const int64_t begin = sight.begin[block.side] - block.first,
-                end = sight.end[block.side] - block.first;
+  const int64_t begin = sight.begin[block.side] - block.first, end = sight.end[block.side] - block.first;
   const Range range{begin > 0 ? begin : 0, min_of(end, block.count)};
   return range.begin < range.end ? range : Range{0, 0};
 }
@@ -149,8 +144,7 @@ static inline void scale_values(float* x, int64_t n, vf factor) {
 // Turns one line's scores into weights; score(v) is the v-th vector of them, kUnseen where a key
 // takes no part, and keep(v, w) replaces the weights of such keys by 0.
 template <class Score, class Keep>
-static inline void soften(const Lines& lines, int64_t line, int64_t vectors, Score score,
-                          Keep keep) {
+static inline void soften(const Lines& lines, int64_t line, int64_t vectors, Score score, Keep keep) {
   float* weights = lines.scores + line * kKeyBlock;
   float* total = lines.totals + line * kLaneFloats;
   vf high = score(0);
@@ -178,8 +172,7 @@ static inline void soften(const Lines& lines, int64_t line, int64_t vectors, Sco
   store(total, sums);
 }
 
-static inline void soften_masked(const Lines& lines, int64_t line, const KeyBlock& block,
-                                 const Sight& sight) {
+static inline void soften_masked(const Lines& lines, int64_t line, const KeyBlock& block, const Sight& sight) {
   const float* scores = lines.scores + line * kKeyBlock;
   const Range range = seen_range(sight, block);
   const bool closed = block.has_padding && !sight.padding[block.side];
@@ -188,8 +181,7 @@ static inline void soften_masked(const Lines& lines, int64_t line, const KeyBloc
     const vi index = lane_index() + static_cast<int32_t>(v * kWidth);
     const vi inside = (index >= begin) & (index < end);
     if (!closed) return inside;
-    return inside &
-           reinterpret_cast<vi>(load(reinterpret_cast<const float*>(lines.open) + v * kWidth));
+    return inside & reinterpret_cast<vi>(load(reinterpret_cast<const float*>(lines.open) + v * kWidth));
   };
   const auto score = [&](int64_t v) {
     return select(seen(v), sight.uniform ? vf{} : load(scores + v * kWidth), splat(kUnseen));
@@ -199,18 +191,15 @@ static inline void soften_masked(const Lines& lines, int64_t line, const KeyBloc
 }
 
 // values[line ..] += weights V over the keys of a range, `count` lines at once.
-static inline void weigh(const Lines& lines, int64_t line, int64_t count, const KeyBlock& block,
-                         Range range) {
+static inline void weigh(const Lines& lines, int64_t line, int64_t count, const KeyBlock& block, Range range) {
   if (range.begin >= range.end) return;
-  multiply_lines(count, lines.padded, range.end - range.begin,
-                 lines.scores + line * kKeyBlock + range.begin, kKeyBlock,
-                 block.values + range.begin * lines.padded, lines.padded,
-                 lines.values + line * lines.padded, lines.padded, true);
+  multiply_lines(count, lines.padded, range.end - range.begin, lines.scores + line * kKeyBlock + range.begin, kKeyBlock,
+                 block.values + range.begin * lines.padded, lines.padded, lines.values + line * lines.padded,
+                 lines.padded, true);
 }
 
 // The same for one line, padded keys left out.
-static inline void weigh_open(const Lines& lines, int64_t line, const KeyBlock& block,
-                              Range range) {
+static inline void weigh_open(const Lines& lines, int64_t line, const KeyBlock& block, Range range) {
   for (int64_t key = range.begin; key < range.end; ++key) {
     if (lines.open[key] == 0) continue;
     const int64_t begin = key;
@@ -221,8 +210,7 @@ static inline void weigh_open(const Lines& lines, int64_t line, const KeyBlock& 
 
 // A tile of lines that see different keys: the keys that all see together, those before and after
 // line by line.
-static inline void weigh_masked(const AttentionTask& task, const Lines& lines, int64_t first,
-                                const KeyBlock& block) {
+static inline void weigh_masked(const AttentionTask& task, const Lines& lines, int64_t first, const KeyBlock& block) {
   const int64_t count = lines_in_tile(lines, first);
   Range ranges[kLineTile];
   Range common{0, kKeyBlock};
@@ -245,11 +233,9 @@ static inline void weigh_masked(const AttentionTask& task, const Lines& lines, i
     }
     return;
   }
-  for (int64_t i = 0; i < count; ++i)
-    weigh(lines, first + i, 1, block, {ranges[i].begin, common.begin});
+  for (int64_t i = 0; i < count; ++i) weigh(lines, first + i, 1, block, {ranges[i].begin, common.begin});
   weigh(lines, first, count, block, common);
-  for (int64_t i = 0; i < count; ++i)
-    weigh(lines, first + i, 1, block, {common.end, ranges[i].end});
+  for (int64_t i = 0; i < count; ++i) weigh(lines, first + i, 1, block, {common.end, ranges[i].end});
 }
 
 static inline bool all_see_all(const AttentionTask& task, const KeyBlock& block) {
@@ -262,21 +248,18 @@ static inline bool all_see_all(const AttentionTask& task, const KeyBlock& block)
   return true;
 }
 
-static inline void attend_block(const AttentionTask& task, const Lines& lines,
-                                const KeyBlock& block) {
+static inline void attend_block(const AttentionTask& task, const Lines& lines, const KeyBlock& block) {
   const bool whole = all_see_all(task, block);
   const int64_t columns = (block.count + kWidth - 1) / kWidth * kWidth;
   for (int64_t first = 0; first < lines.count; first += kLineTile) {
-    multiply_lines(lines_in_tile(lines, first), columns, lines.width,
-                   lines.queries + first * lines.width, lines.width, block.keys, kKeyBlock,
-                   lines.scores + first * kKeyBlock, kKeyBlock, false);
+    multiply_lines(lines_in_tile(lines, first), columns, lines.width, lines.queries + first * lines.width, lines.width,
+                   block.keys, kKeyBlock, lines.scores + first * kKeyBlock, kKeyBlock, false);
   }
   for (int64_t line = 0; line < lines.count; ++line) {
     if (whole) {
       const float* scores = lines.scores + line * kKeyBlock;
       soften(
-          lines, line, kKeyBlock / kWidth,
-          [scores](int64_t v) { return load(scores + v * kWidth); },
+          lines, line, kKeyBlock / kWidth, [scores](int64_t v) { return load(scores + v * kWidth); },
           [](int64_t, vf weight) { return weight; });
     } else {
       soften_masked(lines, line, block, task.sights[line / task.heads]);
@@ -312,8 +295,7 @@ static inline void attend_source(const AttentionTask& task, const Lines& lines, 
   const KeySource& source = task.sources[side];
   for (int64_t first = begin / kKeyBlock * kKeyBlock; first < end; first += kKeyBlock) {
     const float* page = source.pages[first / kKeyBlock];
-    KeyBlock block{
-        page, page + lines.width * kKeyBlock, first, min_of(kKeyBlock, end - first), side, false};
+    KeyBlock block{page, page + lines.width * kKeyBlock, first, min_of(kKeyBlock, end - first), side, false};
     if (source.visible != nullptr) {
       block.has_padding = find_padding(source.visible + first, block.count, lines.open);
     }

@@ -35,13 +35,12 @@ static inline void prefetch(const char* begin, const char* end) {
 
 // C [R, V W] (+)= A [R, k] B [k, V W]. With `Copy` B is also left as float32 in `widened` [k, V W].
 template <int R, int V, bool Copy, class Weight>
-static inline void tile(int64_t k, const float* a, int64_t lda, const Weight* b, int64_t ldb,
-                        float* c, int64_t ldc, bool accumulate, Ahead ahead, float* widened) {
+static inline void tile(int64_t k, const float* a, int64_t lda, const Weight* b, int64_t ldb, float* c, int64_t ldc,
+                        bool accumulate, Ahead ahead, float* widened) {
   constexpr int64_t kStep = 16;
   vf acc[R][V];
   ARMT_UNROLL for (int r = 0; r < R; ++r) {
-    ARMT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
-        accumulate ? load(c + r * ldc + v * kWidth) : vf{};
+    ARMT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kWidth) : vf{};
   }
   const int64_t portion = ahead.bytes * kStep / k;
   for (int64_t begin = 0; begin < k; begin += kStep) {
@@ -68,9 +67,8 @@ static inline void tile(int64_t k, const float* a, int64_t lda, const Weight* b,
 
 // The same for 1 <= rows <= R.
 template <int R, int V, bool Copy, class Weight>
-static inline void tile_rows(int64_t rows, int64_t k, const float* a, int64_t lda, const Weight* b,
-                             int64_t ldb, float* c, int64_t ldc, bool accumulate, Ahead ahead,
-                             float* widened) {
+static inline void tile_rows(int64_t rows, int64_t k, const float* a, int64_t lda, const Weight* b, int64_t ldb,
+                             float* c, int64_t ldc, bool accumulate, Ahead ahead, float* widened) {
   if (rows == R) {
     tile<R, V, Copy>(k, a, lda, b, ldb, c, ldc, accumulate, ahead, widened);
   } else if constexpr (R > 1) {
@@ -81,9 +79,8 @@ static inline void tile_rows(int64_t rows, int64_t k, const float* a, int64_t ld
 // All rows against V vectors of columns, in tiles of nearly equal height. `ahead` is fetched on the
 // way. The first tile widens bfloat16 columns into `widened`, where the others find them.
 template <int V, class Weight>
-static inline void tile_columns(int64_t m, int64_t k, const float* a, int64_t lda, const Weight* b,
-                                int64_t ldb, float* c, int64_t ldc, bool accumulate,
-                                Ahead ahead = {}, float* widened = nullptr) {
+static inline void tile_columns(int64_t m, int64_t k, const float* a, int64_t lda, const Weight* b, int64_t ldb,
+                                float* c, int64_t ldc, bool accumulate, Ahead ahead = {}, float* widened = nullptr) {
   const int64_t tiles = (m + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = m * t / tiles, rows = m * (t + 1) / tiles - begin;
@@ -98,8 +95,7 @@ static inline void tile_columns(int64_t m, int64_t k, const float* a, int64_t ld
     } else if (t == 0) {
       tile_rows<kTileRows, V, false>(rows, k, in, lda, b, ldb, out, ldc, accumulate, part, nullptr);
     } else {
-      tile_rows<kTileRows, V, false>(rows, k, in, lda, widened, V * kWidth, out, ldc, accumulate,
-                                     part, nullptr);
+      tile_rows<kTileRows, V, false>(rows, k, in, lda, widened, V * kWidth, out, ldc, accumulate, part, nullptr);
     }
   }
 }

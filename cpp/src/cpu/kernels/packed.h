@@ -16,11 +16,9 @@ inline constexpr int64_t kBlockK = 256;
 #endif
 inline constexpr int64_t kGemmRows = 16 * kTileRows;
 inline constexpr int64_t kMaxPanelsAtOnce = 4;
-inline constexpr int64_t kFewAhead =
-    24;  // steps of k between the fetch of a weight and its use, few rows
+inline constexpr int64_t kFewAhead = 24;  // steps of k between the fetch of a weight and its use, few rows
 inline constexpr int64_t kGemmScratch =
-    (kGemmRows * 2 > kTileRows * kMaxPanelsAtOnce ? kGemmRows * 2 : kTileRows * kMaxPanelsAtOnce) *
-        kPanel +
+    (kGemmRows * 2 > kTileRows * kMaxPanelsAtOnce ? kGemmRows * 2 : kTileRows * kMaxPanelsAtOnce) * kPanel +
     kBlockK * kPanel;
 
 static inline int64_t panels_per_unit(const GemmTask& task) {
@@ -43,8 +41,7 @@ static inline void add_bias(float* sums, int64_t rows, const float* bias, int64_
 template <bool Add>
 static inline void store_row(const float* sums, float* out, int64_t count) {
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth)
-    store(out + i, Add ? load(out + i) + load(sums + i) : load(sums + i));
+  for (; i + kWidth <= count; i += kWidth) store(out + i, Add ? load(out + i) + load(sums + i) : load(sums + i));
   for (; i < count; ++i) out[i] = Add ? out[i] + sums[i] : sums[i];
 }
 
@@ -58,8 +55,7 @@ static inline void finish_unit(const GemmTask& task, int64_t unit, float* sums) 
   if (finish.gated) {
     float* up = sums + rows * kPanel;
     add_bias(up, rows, finish.bias == nullptr ? nullptr : finish.bias + task.n + column, count);
-    for (int64_t i = 0; i < rows * kPanel; i += kWidth)
-      store(sums + i, load(sums + i) * load(up + i));
+    for (int64_t i = 0; i < rows * kPanel; i += kWidth) store(sums + i, load(sums + i) * load(up + i));
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* out = task.out + r * task.ld_out + column;
@@ -74,8 +70,7 @@ static inline void finish_unit(const GemmTask& task, int64_t unit, float* sums) 
 // A few rows: `P` panels at once, so that enough independent sums hide the latency of the
 // multiply-adds while memory streams. sums [P][R, kPanel].
 template <int R, int P, class Weight>
-static inline void tile_panels(int64_t k, const float* a, int64_t lda, const Weight* b,
-                               float* sums) {
+static inline void tile_panels(int64_t k, const float* a, int64_t lda, const Weight* b, float* sums) {
   vf acc[R][P * kPanelVectors];
   ARMT_UNROLL for (int r = 0; r < R; ++r) {
     ARMT_UNROLL for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] = vf{};
@@ -84,20 +79,17 @@ static inline void tile_panels(int64_t k, const float* a, int64_t lda, const Wei
   for (int64_t i = 0; i < k; ++i) {
     // One row alone is slow enough for the hardware to foresee its loads; more rows ask ahead.
     if constexpr (R > 1) {
-      ARMT_UNROLL for (int p = 0; p < P; ++p)
-          __builtin_prefetch(b + p * stride + kFewAhead * kPanel);
+      ARMT_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(b + p * stride + kFewAhead * kPanel);
     }
     ARMT_UNROLL for (int v = 0; v < P * kPanelVectors; ++v) {
       const vf column = load(b + (v / kPanelVectors) * stride + (v % kPanelVectors) * kWidth);
-      ARMT_UNROLL for (int r = 0; r < R; ++r) acc[r][v] =
-          fma(splat(a[r * lda + i]), column, acc[r][v]);
+      ARMT_UNROLL for (int r = 0; r < R; ++r) acc[r][v] = fma(splat(a[r * lda + i]), column, acc[r][v]);
     }
     b += kPanel;
   }
   ARMT_UNROLL for (int v = 0; v < P * kPanelVectors; ++v) {
     ARMT_UNROLL for (int r = 0; r < R; ++r) {
-      store(sums + ((v / kPanelVectors) * R + r) * kPanel + (v % kPanelVectors) * kWidth,
-            acc[r][v]);
+      store(sums + ((v / kPanelVectors) * R + r) * kPanel + (v % kPanelVectors) * kWidth, acc[r][v]);
     }
   }
 }

@@ -24,13 +24,12 @@ static inline float sum_of(const float* x, int64_t n, Term term) {
     const vi inside = lane_index() < static_cast<int32_t>(n - i);
     part[7] += select(inside, term(load_part(x + i, n - i)), vf{});
   }
-  return sum(((part[0] + part[1]) + (part[2] + part[3])) +
-             ((part[4] + part[5]) + (part[6] + part[7])));
+  return sum(((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7])));
 }
 
 // y = (x - shift) * scale * weight (+ bias)
-static inline void scale_row(const float* x, float* y, int64_t n, float shift, float scale,
-                             const float* weight, const float* bias) {
+static inline void scale_row(const float* x, float* y, int64_t n, float shift, float scale, const float* weight,
+                             const float* bias) {
   for (int64_t i = 0; i < n; i += kWidth) {
     const int64_t left = n - i;
     vf value = (load_lanes(x + i, left) - shift) * scale * load_lanes(weight + i, left);
@@ -43,16 +42,14 @@ static inline void scale_row(const float* x, float* y, int64_t n, float shift, f
   }
 }
 
-static void layer_norm(const float* x, float* y, int64_t n, const float* weight, const float* bias,
-                       float eps) {
+static void layer_norm(const float* x, float* y, int64_t n, const float* weight, const float* bias, float eps) {
   const float mean = sum_of(x, n, [](vf v) { return v; }) / static_cast<float>(n);
   const float squares = sum_of(x, n, [mean](vf v) { return (v - mean) * (v - mean); });
   const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
   scale_row(x, y, n, mean, scale, weight, bias);
 }
 
-static void rms_norm(const float* x, float* y, int64_t n, const float* weight, const float* bias,
-                     float eps) {
+static void rms_norm(const float* x, float* y, int64_t n, const float* weight, const float* bias, float eps) {
   const float squares = sum_of(x, n, [](vf v) { return v * v; });
   const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
   scale_row(x, y, n, 0.0f, scale, weight, bias);
