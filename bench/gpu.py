@@ -221,7 +221,7 @@ def prefill(
     ids = random_ids(geometry, tokens)
 
     def run() -> None:
-        session = _core.Session(core, None)
+        session = _core.Session(core)
         feed(session, ids)
         session.close()
 
@@ -240,8 +240,8 @@ def prefill(
 
 def decode(geometry: Geometry, new: int, core: Any) -> dict[str, Any]:
     """One stream, greedy, half a segment behind it."""
-    params = _core.SamplingParams(0.0, 0, 1.0, 0.0, 1.0)
-    session = _core.Session(core, None)
+    params = _core.SamplingParams()
+    session = _core.Session(core)
     feed(session, random_ids(geometry, geometry.segment // 2), "last")
 
     def run() -> None:
@@ -257,7 +257,7 @@ def decode(geometry: Geometry, new: int, core: Any) -> dict[str, Any]:
 
 def sessions(geometry: Geometry, count: int, rounds: int, core: Any) -> dict[str, Any]:
     """`count` sessions, each stepping one segment a call."""
-    streams = [_core.Session(core, None) for _ in range(count)]
+    streams = [_core.Session(core) for _ in range(count)]
     ids = [random_ids(geometry, geometry.segment, seed=i) for i in range(count)]
 
     def run() -> None:
@@ -344,7 +344,7 @@ def main() -> None:
             ids = random_ids(geometry, geometry.segment * 48)
 
             def run(core: Any = core, ids: Array = ids) -> None:
-                feed(_core.Session(core, None), ids)
+                feed(_core.Session(core), ids)
 
             rows = profile(run)
             result["profiles"][name] = rows

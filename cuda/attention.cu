@@ -23,17 +23,20 @@ struct FewLayout {
   __host__ __device__ int floats() const { return state() + 3 * heads; }
 };
 
+// Of a query with key r of a tile.
 template <class T>
-__device__ float dot(const float* query, const T* key, int dim) {
+__device__ float dot(const AttendArgs& args, const float* query, const T* keys, int r) {
   constexpr int kCount = Pack<T>::kCount;
+  const int dim = args.head_dim;
+  const auto at = [&](int d) { return keys + kv_at(r, d, args.kv_row, args.page_rows); };
   float sum = 0.0f;
   int d = 0;
   for (; d + kCount <= dim; d += kCount) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(key + d);
+    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(at(d));
 #pragma unroll
     for (int k = 0; k < kCount; ++k) sum += query[d + k] * to_float(pack.v[k]);
   }
-  for (; d < dim; ++d) sum += query[d] * to_float(key[d]);
+  for (; d < dim; ++d) sum += query[d] * to_float(*at(d));
   return sum;
 }
 
@@ -81,7 +84,7 @@ __device__ void add_tile(const AttendArgs& args, const DevCell& cell, const Sigh
     float score = -INFINITY;
     if (key < limit && sees(sight, cell, previous, begin + key)) {
       const bool uniform = (sight.flags & DevRow::kUniform) != 0;
-      score = uniform ? 0.0f : scale * dot(queries + i / kTile * dim, keys + key * args.kv_row, dim);
+      score = uniform ? 0.0f : scale * dot(args, queries + i / kTile * dim, keys, key);
     }
     scores[i] = score;
   }
@@ -106,7 +109,9 @@ __device__ void add_tile(const AttendArgs& args, const DevCell& cell, const Sigh
   for (int i = threadIdx.x; i < layout.heads * dim; i += kThreads) {
     const int g = i / dim, d = i % dim;
     float sum = sums[i] * state[3 * g + 2];
-    for (int key = 0; key < limit; ++key) sum += scores[g * kTile + key] * to_float(values[key * args.kv_row + d]);
+    for (int key = 0; key < limit; ++key) {
+      sum += scores[g * kTile + key] * to_float(values[kv_at(key, d, args.kv_row, args.page_rows)]);
+    }
     sums[i] = sum;
   }
   __syncthreads();
@@ -228,6 +233,8 @@ void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
 
   constexpr int kFewRows = 16;
   if (dtype_ != DType::f32 && args.batch.max_cell_rows > kFewRows) {
+    constexpr int kManyRows = 64;
+    if (args.batch.max_cell_rows > kManyRows && launch_hopper(dtype_, args, stream())) return;
     launch_flash(dtype_, args, stream());
     return;
   }

@@ -44,17 +44,20 @@ __device__ inline bool sees(const Sight& sight, const DevCell& cell, bool previo
          (cell.visible == nullptr || (sight.flags & DevRow::kSeesPadding) || cell.visible[col] != 0);
 }
 
-// Address of the first key of a 64-row tile; values lie kv_heads * page_rows * kv_row elements behind.
+// Address of a 64-row tile of keys, whose element (r, d) lies at kv_at(r, d); values lie kv_heads * page_rows * kv_row
+// elements behind.
 template <class T>
 __device__ const T* tile_keys(const AttendArgs& args, const DevCell& cell, bool previous, int tile, int kv_head) {
   const int row = tile * 64;
   const char* page = (previous ? cell.prev_pages : cell.cur_pages)[row / args.page_rows];
-  return reinterpret_cast<const T*>(page) +
-         (static_cast<int64_t>(kv_head) * args.page_rows + row % args.page_rows) * args.kv_row;
+  return reinterpret_cast<const T*>(page) + static_cast<int64_t>(kv_head) * args.page_rows * args.kv_row +
+         kv_tile(row % args.page_rows, args.kv_row);
 }
 
-// Many rows at once, 16-bit types; few rows at once, any type.
+// Many rows at once, 16-bit types; the Hopper form returns false where the GPU or the head size is none of its kind.
+bool launch_hopper(DType dtype, const AttendArgs& args, cudaStream_t stream);
 void launch_flash(DType dtype, const AttendArgs& args, cudaStream_t stream);
+// Few rows at once, any type.
 void launch_few(DType dtype, const AttendArgs& args, cudaStream_t stream);
 
 }  // namespace armt::cuda

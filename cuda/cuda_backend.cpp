@@ -108,7 +108,8 @@ CudaBackend::~CudaBackend() {
   cudaGetDevice(&before);
   cudaSetDevice(device_);
   cudaDeviceSynchronize();
-  if (pinned_logits_ != nullptr) cudaFreeHost(pinned_logits_);
+  forget_replays();
+  if (pinned_ != nullptr) cudaFreeHost(pinned_);
   for (cudaEvent_t event : {forked_, joined_}) {
     if (event != nullptr) cudaEventDestroy(event);
   }

@@ -55,6 +55,8 @@ class CudaBackend : public Backend {
 
   std::unique_ptr<Workspace> make_workspace(int64_t slots, int64_t slot_rows) override;
   void run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) override;
+  int64_t replayed_rows() const override { return kReplayedRows; }
+  void run_wave(Workspace& workspace, Groups layers, const std::function<void(Groups, const Scratch&)>& body) override;
 
   void embed(const Group& group, const Rows& out) override;
   void memory_read(Groups groups, const Rows& x) override;
@@ -68,6 +70,8 @@ class CudaBackend : public Backend {
   void gather(const Rows& from, std::span<const int64_t> rows, const Rows& to) override;
   void final_norm(const Rows& in, const Rows& out, int64_t count) override;
   void logits(const Rows& hidden, int64_t first, int64_t count, float* out) override;
+  bool chooses() const override { return true; }
+  void greatest(const Rows& hidden, int64_t first, int64_t count, int32_t* tokens, float* logprobs) override;
   void save_rows(const Rows& from, int64_t first, int64_t count, Block& to) override;
   void load_rows(const Block& from, int64_t count, const Rows& to, int64_t first) override;
 
@@ -100,7 +104,18 @@ class CudaBackend : public Backend {
     CudaScratch* scratch = nullptr;
     Lane* lane = nullptr;
     Table* whole = nullptr;
+    // A few rows: dense layers read weights once, and norm their input themselves. norm() only takes note.
+    bool few = false;
+    Vector norm = Vector::count;
+    Rows norm_in;
   };
+  // The work of a small wave, recorded: replayed for waves of the same shape in the same buffers.
+  using ReplayKey = std::vector<int64_t>;
+  struct Replay {
+    bool warm = false;  // ran once, so that all buffers are there
+    cudaGraphExec_t graph = nullptr;
+  };
+  static constexpr int64_t kReplayedRows = 8;
 
   int64_t stack_of(int64_t layer) const { return config_.decoder.n_layers - 1 - layer; }
   int64_t element() const { return size_of(dtype_); }
@@ -128,6 +143,15 @@ class CudaBackend : public Backend {
     int64_t stack = 0, in_row = 0, out_row = 0, rows = 0;
   };
   void products(std::vector<Span> spans, const Operands& operands, Product base);
+  // Logits of at most logits_rows() rows into logits_memory_.
+  void head(const Rows& hidden, int64_t first, int64_t count);
+  int64_t logits_rows(int64_t wanted) const;
+  void* pinned(int64_t bytes);
+  bool few_linear(Matrix which, const DevGroup& group, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0,
+                  int64_t c1);
+  ReplayKey replay_key(const CudaWorkspace& workspace, Groups layers) const;
+  cudaGraphExec_t record(const std::function<void()>& enqueue);
+  void forget_replays() noexcept;
 
   int64_t matrix_rows(Matrix which) const;
   int64_t vector_size(Vector which) const;
@@ -148,9 +172,9 @@ class CudaBackend : public Backend {
   Lane main_, side_;
   cudaEvent_t forked_ = nullptr, joined_ = nullptr;
   Staging staging_;
-  float* pinned_logits_ = nullptr;
-  int64_t pinned_logits_count_ = 0;
-  DeviceBuffer logits_memory_;
+  void* pinned_ = nullptr;  // results on their way to the host
+  int64_t pinned_bytes_ = 0;
+  DeviceBuffer logits_memory_, chosen_;
   int64_t unchecked_rows_ = 0;  // entered since the stream was last waited for
 
   // [layers reversed][out][in]; mem_key, mem_value and mem_gate share one: [layers reversed][d_mem + D + gate][D].
@@ -161,6 +185,7 @@ class CudaBackend : public Backend {
 
   Active active_;
   Table main_table_, last_table_;
+  std::map<ReplayKey, Replay> replays_;
   std::map<const void*, CudaWorkspace*> workspaces_;  // by residual
 };
 

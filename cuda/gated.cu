@@ -8,9 +8,11 @@
 
 #include <string>
 
+#include "activation.cuh"
 #include "armt/error.h"
 #include "check.h"
 #include "gated.h"
+#include "hopper.cuh"
 #include "types.cuh"
 
 namespace armt::cuda {
@@ -31,34 +33,6 @@ struct GatedArgs {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ inline uint32_t address_of(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-__device__ inline void init_barrier(uint64_t& barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(&barrier)), "r"(arrivals));
-}
-__device__ inline void arrive(uint64_t& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(&barrier)) : "memory");
-}
-__device__ inline void expect_bytes(uint64_t& barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes)
-               : "memory");
-}
-__device__ inline void wait_for(uint64_t& barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra out;\n"
-      "bra again;\n"
-      "out:\n"
-      "}\n" ::"r"(address_of(&barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 __device__ inline void copy_tile(void* to, const CUtensorMap& map, int col, int row, uint64_t& barrier) {
   asm volatile(
@@ -122,19 +96,6 @@ struct Tile {
   }
 };
 
-__device__ inline float activated(ActivationKind kind, float x) {
-  switch (kind) {
-    case ActivationKind::silu:
-      return __fdividef(x, 1.0f + __expf(-x));
-    case ActivationKind::relu:
-      return fmaxf(x, 0.0f);
-    case ActivationKind::gelu_erf:
-      return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    default:
-      return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-  }
-}
-
 #endif
 
 __global__ void __launch_bounds__(kThreads, 1)
@@ -148,8 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(filled[s], 1);
       init_barrier(emptied[s], 2);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   const int tiles = args.group_count * args.row_tiles * args.col_tiles;

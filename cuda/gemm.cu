@@ -25,7 +25,7 @@ __global__ void simple_kernel(Product p) {
   tile_product<true, false>(
       shared, blockIdx.y * TileProduct::kTile, blockIdx.x * TileProduct::kTile, static_cast<int>(p.rows),
       static_cast<int>(p.cols), static_cast<int>(p.depth), [&](int r, int k) { return to_float(in[r * p.ld_in + k]); },
-      [&](int k, int n) { return to_float(weight[n * p.depth + k]); }, store);
+      [&](int k, int n) { return to_float(weight[p.by_depth ? k * p.cols + n : n * p.depth + k]); }, store);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "gated.h"
+#include "gemv.h"
 #include "kernels.h"
 #include "workspace.h"
 
@@ -78,6 +79,8 @@ void CudaBackend::linear(Matrix which, Groups groups, const Rows& in, const Rows
   const bool activate = epilogue == Epilogue::activate;
   const bool gated = activate && decoder.gated_mlp;
 
+  if (active_.few && few_linear(which, part.groups.front(), in, out, epilogue, c0, c1)) return;
+
   if (gated && fuses_gate_ && gate_fits(part.batch.max_group_rows, in.width, decoder.d_ff) &&
       vectors_[static_cast<size_t>(Vector::mlp_up_bias)].data() == nullptr) {
     const GatedProduct product = {.in = in.data,
@@ -130,39 +133,41 @@ void CudaBackend::linear(Matrix which, Groups groups, const Rows& in, const Rows
   }
 }
 
-void CudaBackend::logits(const Rows& hidden, int64_t first, int64_t count, float* out) {
-  const Entry entry(*this);
-  const int64_t vocab = config_.decoder.vocab_size, width = hidden.width;
-  constexpr int64_t kChunkBytes = int64_t{64} << 20;
-  const int64_t chunk = std::max<int64_t>(1, std::min(count, kChunkBytes / (vocab * 4)));
-  grow(arena_, logits_memory_, chunk * vocab * 4);
-  if (pinned_logits_count_ < chunk * vocab) {
-    if (pinned_logits_ != nullptr) check(cudaFreeHost(pinned_logits_), "cudaFreeHost");
-    pinned_logits_ = nullptr;
-    pinned_logits_count_ = 0;
-    check(cudaMallocHost(reinterpret_cast<void**>(&pinned_logits_), static_cast<size_t>(chunk * vocab * 4)),
-          "cudaMallocHost");
-    pinned_logits_count_ = chunk * vocab;
+bool CudaBackend::few_linear(Matrix which, const DevGroup& group, const Rows& in, const Rows& out, Epilogue epilogue,
+                             int64_t c0, int64_t c1) {
+  const int64_t all = matrix_rows(which), depth = in.width;
+  FewProduct product;
+  product.activate = epilogue == Epilogue::activate;
+  product.gated = product.activate && config_.decoder.gated_mlp;
+  product.add = epilogue == Epilogue::add;
+  product.kind = config_.decoder.activation;
+  product.weight = matrices_[static_cast<size_t>(which)].data() + (group.stack * all + c0) * depth * element();
+  const Vector bias = bias_of(which);
+  if (bias != Vector::count && vectors_[static_cast<size_t>(bias)].data() != nullptr) {
+    product.bias = vectors_[static_cast<size_t>(bias)].data() + (group.stack * all + c0) * element();
   }
-  const DeviceBuffer& own = matrices_[static_cast<size_t>(Matrix::head)];
-  Product product;
-  product.weight = own.data() != nullptr ? own.data() : matrices_[static_cast<size_t>(Matrix::embedding)].data();
-  product.type = dtype_;
-  product.out_type = DType::f32;
-  product.cols = vocab;
-  product.depth = width;
-  product.ld_in = width;
-  product.ld_out = vocab;
-  product.out = logits_memory_.data();
-  for (int64_t done = 0; done < count; done += chunk) {
-    product.rows = std::min(chunk, count - done);
-    product.in = static_cast<const char*>(hidden.data) + (first + done) * width * element();
-    lt_->multiply(product, main_.space());
-    const auto bytes = static_cast<size_t>(product.rows * vocab * 4);
-    check(cudaMemcpyAsync(pinned_logits_, product.out, bytes, cudaMemcpyDeviceToHost, main_.stream), "cudaMemcpyAsync");
-    check(cudaStreamSynchronize(main_.stream), "logits");
-    std::memcpy(out + done * vocab, pinned_logits_, bytes);
+  const Rows& from = active_.norm_in.data != nullptr ? active_.norm_in : in;
+  product.in = static_cast<const char*>(from.data) + row_index(group, from) * from.width * element();
+  product.out = static_cast<char*>(out.data) + (row_index(group, out) * out.width + c0) * element();
+  product.rows = group.rows;
+  product.cols = (c1 - c0) / (product.gated ? 2 : 1);
+  product.depth = depth;
+  product.ld_in = from.width;
+  product.ld_out = out.width;
+  if (active_.norm_in.data != nullptr) {
+    const auto vector = [&](Vector norm) {
+      const float* values = vectors_[static_cast<size_t>(norm)].as<float>();
+      return values != nullptr ? values + group.stack * depth : nullptr;
+    };
+    product.norm_weight = vector(active_.norm);
+    product.norm_bias = vector(active_.norm == Vector::norm1 ? Vector::norm1_bias : Vector::norm2_bias);
+    product.norm_eps = static_cast<float>(config_.decoder.norm_eps);
+    product.rms = config_.decoder.norm == NormKind::rms;
   }
+  if (!few_fits(product)) return false;
+  launch_few_product(dtype_, product, stream());
+  active_.norm_in = {};
+  return true;
 }
 
 }  // namespace armt::cuda

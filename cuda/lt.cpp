@@ -176,7 +176,7 @@ Lt::Plan& Lt::plan_for(const Product& p, const ProductSpace& space) {
   const uint32_t align_in = alignment(p.in, p.in_stride, element);
   const uint32_t align_out = alignment(p.out, p.out_stride, out_element);
   const int flags = static_cast<int>(p.type) | static_cast<int>(p.out_type) << 2 | (p.add ? 16 : 0) |
-                    (p.bias != nullptr ? 32 : 0) | static_cast<int>(p.fused) << 6;
+                    (p.bias != nullptr ? 32 : 0) | static_cast<int>(p.fused) << 6 | (p.by_depth ? 256 : 0);
   const int64_t alignments = align_weight | int64_t{align_in} << 16 | int64_t{align_out} << 32;
   const Key key{p.rows,          p.cols,      p.depth,      p.batch,    p.ld_in, p.ld_out,
                 p.weight_stride, p.in_stride, p.out_stride, alignments, flags};
@@ -185,14 +185,15 @@ Lt::Plan& Lt::plan_for(const Product& p, const ProductSpace& space) {
 
   auto plan = std::make_unique<Plan>();
   check_lt(lt().desc_create(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-  plan->set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+  plan->set(CUBLASLT_MATMUL_DESC_TRANSA, p.by_depth ? CUBLAS_OP_N : CUBLAS_OP_T);
   plan->set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
   plan->set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(p));
   if (p.bias != nullptr) {
     plan->set(CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE, p.bias_stride);
     plan->set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
   }
-  plan->weight = make_layout(p.type, p.depth, p.cols, p.depth, p.batch, p.weight_stride);
+  const int64_t ld_weight = p.by_depth ? p.cols : p.depth, other = p.by_depth ? p.depth : p.cols;
+  plan->weight = make_layout(p.type, ld_weight, other, ld_weight, p.batch, p.weight_stride);
   plan->in = make_layout(p.type, p.depth, p.rows, p.ld_in, p.batch, p.in_stride);
   plan->out = make_layout(p.out_type, p.cols, p.rows, p.ld_out, p.batch, p.out_stride);
 

@@ -26,6 +26,7 @@ struct Product {
   DType type = DType::f32;      // of weight and in
   DType out_type = DType::f32;  // `type` or f32
   bool add = false;
+  bool by_depth = false;  // weight is [depth, cols] instead of [cols, depth]
   Fused fused = Fused::none;
 };
 

@@ -35,7 +35,11 @@ BlockRef CudaBackend::allocate(int64_t bytes) {
   auto block = std::make_shared<Block>();
   block->data = arena_.take(bytes);
   block->bytes = bytes;
-  block->release = [this](Block& released) { arena_.give(released.data); };
+  block->release = [this](Block& released) {
+    arena_.give(released.data);
+    count_block(-released.bytes);
+  };
+  count_block(bytes);
   return block;
 }
 

@@ -1,4 +1,4 @@
-// Operations on single rows: embedding, norms, copies, activations.
+// Operations on single rows: embedding, copies, activations.
 #include <algorithm>
 
 #include "check.h"
@@ -50,92 +50,20 @@ __global__ void embed_kernel(const DevRow* rows, T* out, Sources from) {
   }
 }
 
-// out = (x - mean) / sqrt(var + eps) * w + b, or without mean and bias for RMS. The row stays in registers.
-template <class T, bool rms>
-__device__ void norm_row(const T* in, T* out, const float* weight, const float* bias, int width, float eps) {
-  constexpr int kCount = Pack<T>::kCount, kPacks = 4;
-  __shared__ float partial[32];
-  float x[kPacks][kCount];
-  const bool whole = width % kCount == 0;
-  const auto each = [&](auto&& body) {
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      const int i = (p * blockDim.x + threadIdx.x) * kCount;
-      if (i < width) body(p, i);
-    }
-  };
-  float sum = 0.0f;
-  each([&](int p, int i) {
-    if (whole) {
-      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(in + i);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) x[p][k] = to_float(pack.v[k]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) x[p][k] = i + k < width ? to_float(in[i + k]) : 0.0f;
-    }
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) sum += x[p][k];
-  });
-  float mean = 0.0f;
-  if (!rms) mean = block_sum(sum, partial) / static_cast<float>(width);
-  float squares = 0.0f;
-  each([&](int p, int i) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const float d = i + k < width ? x[p][k] - mean : 0.0f;
-      squares += d * d;
-    }
-  });
-  const float scale = rsqrtf(block_sum(squares, partial) / static_cast<float>(width) + eps);
-  each([&](int p, int i) {
-    Pack<T> pack;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (i + k >= width) break;
-      float y = (x[p][k] - mean) * scale * weight[i + k];
-      if (bias != nullptr) y += bias[i + k];
-      if (whole) {
-        pack.v[k] = from_float<T>(y);
-      } else {
-        out[i + k] = from_float<T>(y);
-      }
-    }
-    if (whole) *reinterpret_cast<Pack<T>*>(out + i) = pack;
-  });
-}
-
-template <class T, bool rms>
-__global__ void norm_kernel(Batch batch, View in, View out, const float* weight, const float* bias, int width,
-                            float eps) {
-  const DevGroup& group = batch.groups[blockIdx.y];
-  if (blockIdx.x >= group.rows) return;
-  const int64_t offset = static_cast<int64_t>(group.stack) * width;
-  norm_row<T, rms>(row_of<T>(in, group, blockIdx.x), row_of<T>(out, group, blockIdx.x), weight + offset,
-                   bias != nullptr ? bias + offset : nullptr, width, eps);
-}
-
-template <class T, bool rms>
-__global__ void final_norm_kernel(const T* in, T* out, const float* weight, const float* bias, int width, float eps) {
-  const int64_t offset = static_cast<int64_t>(blockIdx.x) * width;
-  norm_row<T, rms>(in + offset, out + offset, weight, bias, width, eps);
-}
-
-// Threads so that a row fits into the registers of norm_row.
-int norm_threads(int64_t width, int64_t element) {
-  const int64_t packs = ceil_div(width, 16 / element);
-  int threads = 64;
-  while (threads < 1024 && packs > threads * 2) threads *= 2;
-  return threads;
-}
-
 template <class T>
 __global__ void gather_kernel(const T* from, const DevRow* from_rows, const int64_t* index, T* to, DevRow* to_rows,
                               int width) {
   const int64_t row = index[blockIdx.x];
   from += row * width;
   to += static_cast<int64_t>(blockIdx.x) * width;
-  for (int i = threadIdx.x; i < width; i += kThreads) to[i] = from[i];
+  constexpr int kCount = Pack<T>::kCount;
+  if (width % kCount == 0) {
+    for (int i = threadIdx.x; i < width / kCount; i += kThreads) {
+      reinterpret_cast<Pack<T>*>(to)[i] = reinterpret_cast<const Pack<T>*>(from)[i];
+    }
+  } else {
+    for (int i = threadIdx.x; i < width; i += kThreads) to[i] = from[i];
+  }
   if (threadIdx.x == 0) to_rows[blockIdx.x] = from_rows[row];
 }
 
@@ -211,17 +139,6 @@ void activate_rows(DType dtype, ActivationKind kind, const Batch& batch, const V
   check_launch("activation");
 }
 
-Vector norm_bias(Vector norm) {
-  switch (norm) {
-    case Vector::norm1:
-      return Vector::norm1_bias;
-    case Vector::norm2:
-      return Vector::norm2_bias;
-    default:
-      return Vector::final_norm_bias;
-  }
-}
-
 }  // namespace
 
 bool runs_here() {
@@ -286,41 +203,6 @@ void CudaBackend::embed(const Group& group, const Rows& out) {
   });
   check_launch("embed");
   unchecked_rows_ += group.row_count;
-}
-
-void CudaBackend::norm(Vector which, Groups groups, const Rows& in, const Rows& out) {
-  const Entry entry(*this);
-  const Part part = part_of(groups);
-  const auto width = static_cast<int>(in.width);
-  const float* weight = vectors_[static_cast<size_t>(which)].as<float>();
-  const float* bias = vectors_[static_cast<size_t>(norm_bias(which))].as<float>();
-  const auto eps = static_cast<float>(config_.decoder.norm_eps);
-  const dim3 grid(part.batch.max_group_rows, part.batch.group_count);
-  if (grid.x == 0) return;
-  dispatch(dtype_, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto kernel = config_.decoder.norm == NormKind::rms ? norm_kernel<T, true> : norm_kernel<T, false>;
-    kernel<<<grid, norm_threads(width, sizeof(T)), 0, stream()>>>(part.batch, view(in), view(out), weight, bias, width,
-                                                                  eps);
-  });
-  check_launch("norm");
-}
-
-void CudaBackend::final_norm(const Rows& in, const Rows& out, int64_t count) {
-  const Entry entry(*this);
-  if (count == 0) return;
-  const auto width = static_cast<int>(in.width);
-  const float* weight = vectors_[static_cast<size_t>(Vector::final_norm)].as<float>();
-  const float* bias = vectors_[static_cast<size_t>(Vector::final_norm_bias)].as<float>();
-  const auto eps = static_cast<float>(config_.decoder.norm_eps);
-  dispatch(dtype_, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto kernel =
-        config_.decoder.norm == NormKind::rms ? final_norm_kernel<T, true> : final_norm_kernel<T, false>;
-    kernel<<<static_cast<unsigned>(count), norm_threads(width, sizeof(T)), 0, stream()>>>(
-        static_cast<const T*>(in.data), static_cast<T*>(out.data), weight, bias, width, eps);
-  });
-  check_launch("final_norm");
 }
 
 void CudaBackend::gather(const Rows& from, std::span<const int64_t> rows, const Rows& to) {

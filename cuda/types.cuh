@@ -90,6 +90,18 @@ __device__ inline const DevCell& cell_of(const Batch& batch, const DevGroup& gro
   return batch.cells[group.cell_begin - batch.cell_begin + batch.rows[group.row + r].cell];
 }
 
+// Place of element d of row r in one head's part of a page [page_rows, kv_row]. Rows of whole 64s lie in slabs of 64
+// columns whose chunks of 8 are exchanged as matrix instructions expect 16-bit elements in shared memory: a tile of 64
+// rows of a slab is one copy.
+__device__ inline int64_t kv_at(int r, int d, int kv_row, int page_rows) {
+  if (kv_row % 64 != 0) return static_cast<int64_t>(r) * kv_row + d;
+  return static_cast<int64_t>(d / 64) * page_rows * 64 + r * 64 + ((d % 64 / 8) ^ (r & 7)) * 8 + d % 8;
+}
+// Where row r, a multiple of 8, begins.
+__device__ inline int64_t kv_tile(int r, int kv_row) {
+  return static_cast<int64_t>(r) * (kv_row % 64 != 0 ? kv_row : 64);
+}
+
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);

@@ -9,14 +9,15 @@ namespace armt::cuda {
 struct CudaScratch {
   Scratch rows;
   DeviceBuffer hidden, qkv, context, ff;
-  DeviceBuffer gated;       // [rows, 2 d_ff]: gate and up before the activation
-  DeviceBuffer read_query;  // [rows, d_mem] float32
-  DeviceBuffer read_phi;    // [rows, h, padded F], divided by the denominator
+  DeviceBuffer gated;        // [rows, 2 d_ff]: gate and up before the activation
+  DeviceBuffer read_query;   // [rows, d_mem] float32
+  DeviceBuffer read_phi;     // [rows, h, padded F], divided by the denominator
+  DeviceBuffer read_matrix;  // [cells, h, F, E] bfloat16: rounded memories
   // W = memory rows that write, over all cells
   DeviceBuffer write_rows;   // [W, D]
   DeviceBuffer write_raw;    // [W, write_width()] float32: key, value, gate
   DeviceBuffer write_phi;    // [W, h, padded F] float32
-  DeviceBuffer write_coef;   // [W, h, 2] float32: 1 / den (0: nothing to subtract), gamma
+  DeviceBuffer write_coef;   // [W, h, 3] float32: 1 / den (0: nothing to subtract), gamma, betas
   DeviceBuffer write_delta;  // [W, D] float32: beta (v - old)
   DeviceBuffer partial;      // attention of few rows: shares of the sums
   DeviceBuffer counters;     // and how many shares are done

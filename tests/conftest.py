@@ -13,7 +13,9 @@ import conformance
 if TYPE_CHECKING:
     from variants import Zoo
 
-DEFAULT_CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DEFAULT_CONFORMANCE = SHARED / "conformance"
+DEFAULT_CHECKPOINTS = SHARED / "checkpoints"
 
 # A test that takes one of these arguments runs once for every item found.
 FINDERS: dict[str, Callable[[Path], Sequence[Any]]] = {
@@ -35,6 +37,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="folder with conformance vectors (default: ../shared/conformance if it exists)",
+    )
+    parser.addoption(
+        "--checkpoints",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder with trained checkpoints (default: ../shared/checkpoints if it exists)",
+    )
+    parser.addoption(
+        "--long-run",
+        action="store_true",
+        help="the full counts of kills, splits and neighbours (minutes)",
     )
 
 
@@ -69,6 +83,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 CaseReport: TypeAlias = Callable[[str, str, Mapping[str, float]], None]
+
+
+@pytest.fixture(scope="session")
+def trained(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """The folder of a trained checkpoint by name; the test is skipped where there is none."""
+    asked: Path | None = pytestconfig.getoption("--checkpoints")
+    directory = DEFAULT_CHECKPOINTS if asked is None else asked.resolve()
+
+    def find(name: str) -> Path:
+        if not (directory / name).is_dir():
+            pytest.skip(f"no trained checkpoint {directory / name} (use --checkpoints)")
+        return directory / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def long_run(pytestconfig: pytest.Config) -> bool:
+    """Whether the full counts were asked for."""
+    return bool(pytestconfig.getoption("--long-run"))
 
 
 @pytest.fixture(scope="session")

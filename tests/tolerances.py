@@ -39,12 +39,18 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("memory_write", "float32"): Tolerance(relative=5e-6),
     ("rotate", "float32"): Tolerance(relative=5e-7),
     ("attend", "float32"): Tolerance(relative=5e-6),
+    # stored logits of earlier releases, made with another instruction set
+    ("state_corpus", "float32"): Tolerance(relative=1e-4),
     # on a GPU: the published cases, and random models against the CPU engine with the same weights
     ("cuda_conformance", "float32"): Tolerance(relative=1e-4),
-    ("cuda_conformance", "bfloat16"): Tolerance(relative=1e-1),
-    ("cuda_conformance", "float16"): Tolerance(relative=2e-2),
+    # beside what rounding the weights does to the very model (test_cuda.py)
+    ("cuda_half", "bfloat16"): Tolerance(relative=5e-2),
+    ("cuda_half", "float16"): Tolerance(relative=1e-2),
     ("cuda_engine", "float32"): Tolerance(relative=1e-4),
-    ("cuda_engine", "bfloat16"): Tolerance(relative=1e-1),
+    # the largest difference (a small denominator magnifies rounding in a row or two), and the root
+    # mean square of all
+    ("cuda_engine", "bfloat16"): Tolerance(relative=2.5e-1),
+    ("cuda_engine_rms", "bfloat16"): Tolerance(relative=1e-2),
     ("identity", "float64"): Tolerance(absolute=1e-12, relative=1e-12),
 }
 

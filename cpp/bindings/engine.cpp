@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 #include <pybind11/typing.h>
 
+#include <algorithm>
+
 #include "arrays.h"
 #include "config.h"
 #include "module.h"
@@ -52,13 +54,31 @@ void load_vector(Engine& engine, const std::string& slot, int64_t layer,
   engine.load(vector_from(slot), layer, {values.data(), static_cast<size_t>(values.size())});
 }
 
-py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
-  const EngineStats s = engine.stats();
-  py::typing::Dict<py::str, py::object> result;
+using NamedValues = py::typing::Dict<py::str, py::object>;
+
+NamedValues call_seconds(EngineStats& stats) {
+  std::sort(stats.recent.begin(), stats.recent.end());
+  const auto quantile = [&](double part) {
+    if (stats.recent.empty()) return 0.0;
+    return stats.recent[static_cast<size_t>(part * static_cast<double>(stats.recent.size() - 1))];
+  };
+  NamedValues result;
+  result["last"] = stats.last;
+  result["p50"] = quantile(0.5);
+  result["p99"] = quantile(0.99);
+  result["greatest"] = quantile(1.0);
+  return result;
+}
+
+NamedValues stats(const Engine& engine) {
+  EngineStats s = engine.stats();
+  NamedValues result;
   result["tokens"] = s.tokens;
   result["segments"] = s.segments;
   result["calls"] = s.calls;
   result["seconds"] = s.seconds;
+  result["call_seconds"] = call_seconds(s);
+  result["state_bytes"] = engine.backend().block_bytes();
   result["weight_bytes"] = engine.backend().weight_bytes();
   return result;
 }

@@ -8,6 +8,7 @@
 #include "arrays.h"
 #include "config.h"
 #include "cpu/cpu_backend.h"
+#include "engine/engine.h"
 #include "engine/stream.h"
 #include "module.h"
 
@@ -285,6 +286,12 @@ class Operations {
   cpu::CpuBackend backend_;
 };
 
+void set_poison(Engine& engine, bool on) {
+  auto* backend = dynamic_cast<cpu::CpuBackend*>(&engine.backend());
+  check(backend != nullptr, "set_poison: the engine does not run on the CPU");
+  backend->set_poison(on);
+}
+
 }  // namespace
 
 void bind_testing(py::module_& m) {
@@ -313,6 +320,9 @@ void bind_testing(py::module_& m) {
            py::arg("visible"), py::arg("prev_visible"), py::arg("layer") = 0)
       .def("export_kv", &Operations::export_kv, py::arg("cache"), py::arg("previous") = false)
       .def("import_kv", &Operations::import_kv, py::arg("cache"), py::arg("k"), py::arg("v"));
+  testing.def(
+      "set_poison", &set_poison, py::arg("engine"), py::arg("on"),
+      "Fills new blocks and workspaces of a CPU engine with NaN, so that a value that was never written shows.");
 }
 
 }  // namespace armt::bindings

@@ -200,6 +200,7 @@ class Backend {
 
   // ---- memory, thread-safe. Throws OutOfMemory.
   virtual BlockRef allocate(int64_t bytes) = 0;
+  int64_t block_bytes() const { return block_bytes_.load(std::memory_order_relaxed); }  // of all blocks that live
   virtual void copy(Block& to, const Block& from, int64_t bytes) = 0;
   virtual void upload(Block& to, int64_t offset, const void* from, int64_t bytes) = 0;
   virtual void download(const Block& from, int64_t offset, void* to, int64_t bytes) = 0;
@@ -214,6 +215,19 @@ class Backend {
   // Runs `body` over all groups, either at once or split (one group a call, several calls at the same time), each with
   // scratch of its own. The groups are independent of one another.
   virtual void run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) = 0;
+
+  // Waves of at most this many rows that write no memory may go through run_wave().
+  virtual int64_t replayed_rows() const { return 0; }
+  // Runs one wave through all layers: `body` is called for the group of each layer in turn, or what it enqueued for a
+  // wave of the same shape is replayed. Callers prepare all layers first.
+  virtual void run_wave(Workspace& workspace, Groups layers, const std::function<void(Groups, const Scratch&)>& body) {
+    for (size_t l = 0; l < layers.size(); ++l) run(workspace, layers.subspan(l, 1), body);
+  }
+
+  // Threads of the device that may run cells side by side; 0: it wants all groups in one call.
+  virtual int64_t workers() const { return 0; }
+  // Calls `body` on up to `most` workers at once, always on the calling thread too. Inside, run() takes one group.
+  virtual void work([[maybe_unused]] int64_t most, const std::function<void()>& body) { body(); }
 
   // ---- operations; rows of `groups`, in place or from one buffer to another
   // out = embedding (+ position row) of each row; sink and memory vectors likewise.
@@ -241,9 +255,22 @@ class Backend {
   virtual void final_norm(const Rows& in, const Rows& out, int64_t count) = 0;  // from their origins on
   // `out` [count, vocab] float32 in host memory; `hidden` rows first .. first+count-1 counted from its origin.
   virtual void logits(const Rows& hidden, int64_t first, int64_t count, float* out) = 0;
+  // Whether greatest() is there; otherwise the host chooses from logits().
+  virtual bool chooses() const { return false; }
+  // Of each of those rows: the token with the greatest logit (the lowest id among equals) and its log softmax.
+  virtual void greatest([[maybe_unused]] const Rows& hidden, [[maybe_unused]] int64_t first,
+                        [[maybe_unused]] int64_t count, [[maybe_unused]] int32_t* tokens,
+                        [[maybe_unused]] float* logprobs) {}
   // Rows first .. first+count-1 (from the origin) to and from a block of float32 [count, D].
   virtual void save_rows(const Rows& from, int64_t first, int64_t count, Block& to) = 0;
   virtual void load_rows(const Block& from, int64_t count, const Rows& to, int64_t first) = 0;
+
+ protected:
+  // Kept by allocate() and by the blocks' release.
+  void count_block(int64_t bytes) { block_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> block_bytes_{0};
 };
 
 struct BackendOptions {

@@ -71,7 +71,8 @@ void check_memory(const DecoderConfig& d, const MemoryConfig& m, const ModelConf
   faults.require(!m.wrap_positions || d.learned_positions > 0,
                  "wrap_pos needs a learned position table (GPT-2): turn it off for rotary models");
   faults.require(!m.wrap_positions || m.dialect != Dialect::inner, "the inner loop has no wrap_pos: turn it off");
-  if (d.learned_positions > 0 && m.segment_size > 0) {
+  const bool countable = m.memory_tokens >= 1 && m.memory_tokens < (int64_t{1} << 20);
+  if (countable && d.learned_positions > 0 && m.segment_size > 0) {
     const int64_t limit = c.segment_limit();
     faults.require(limit >= m.segment_size, "segment_size: found " + std::to_string(m.segment_size) +
                                                 ", but the position table of " + std::to_string(d.learned_positions) +

@@ -14,6 +14,7 @@ from armt import _core
 from armt.checkpoint import Checkpoint, load_checkpoint
 from armt.errors import InvalidArgument, StateError
 from armt.ids import TokenIds, as_array, as_ids
+from armt.models import place
 from armt.progress import ProgressLike, reporting
 from armt.session import (
     FloatArray,
@@ -60,7 +61,7 @@ class Engine:
         adapter: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> Engine:
-        """Loads a checkpoint folder or file.
+        """Loads a checkpoint folder or file, or the model of the package: "demo".
 
         ``device``: "cpu", "cuda", "cuda:1" or "auto" (a GPU if this build can use one). ``dtype``
         is that of the weights; "auto" keeps bfloat16 weights and makes all others float32; state
@@ -70,7 +71,24 @@ class Engine:
 
         Raises CheckpointError for anything wrong with the files, DeviceError for the device.
         """
-        checkpoint = load_checkpoint(path, adapter=adapter, **overrides)
+        checkpoint = load_checkpoint(place(path), adapter=adapter, **overrides)
+        return cls.from_checkpoint(
+            checkpoint, device=device, dtype=dtype, threads=threads, schedule=schedule, isa=isa
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "auto",
+        dtype: DType = "auto",
+        threads: int = 0,
+        schedule: Schedule = "auto",
+        isa: str = "",
+    ) -> Engine:
+        """An engine over a checkpoint that :func:`load_checkpoint` has read; options as for
+        :meth:`from_pretrained`."""
         if dtype == "auto":
             weights = "bfloat16" if checkpoint.source_dtype == "bfloat16" else "float32"
         else:
@@ -125,7 +143,12 @@ class Engine:
         return self._checkpoint
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the engine was made: tokens, segments, calls, seconds; weight_bytes."""
+        """Counters since the engine was made: tokens, segments, calls and the seconds in them.
+
+        ``call_seconds`` has last, p50, p99 and greatest of the last 1,024 calls that read tokens (a
+        step, feed or generated token each); ``state_bytes`` what all live states hold on the
+        device, shared parts once; ``weight_bytes`` the weights.
+        """
         return self._core.stats()
 
     def __repr__(self) -> str:

@@ -28,6 +28,7 @@ LONGEST_TAIL = 3
 # Tokens that a streaming decoder looks at (twice as many in garbage), and how many it then keeps.
 WINDOW = 32
 CONTEXT = 8
+EMPTY = np.zeros(0, np.int32)
 
 # Between a visible character and a space, no pre-tokenizer in use joins anything; nor across a
 # single line feed, seen from behind it, before a letter or digit.
@@ -125,23 +126,23 @@ class Tokenizer:
         the text is cut where white space separates words. A run of more than 2**20 characters
         without such a place is cut after that many; only there may ids differ.
         """
-        start, end = self._special_ids() if specials else ([], [])
-        if start:
-            yield np.array(start, np.int32)
-        context, rest = "", ""
+        encoder = StreamEncoder(self, specials=specials)
         for piece in pieces(source):
-            rest += piece
-            if len(rest) < CHUNK:
-                continue
-            cut = self._last_cut(rest) or (len(rest) if len(rest) >= LONGEST_RUN else 0)
-            if cut == 0:
-                continue
-            yield self._after(context, rest[:cut])
-            context, rest = self._context(rest[:cut]), rest[cut:]
-        if rest:
-            yield self._after(context, rest)
-        if end:
-            yield np.array(end, np.int32)
+            ids = encoder.feed(piece)
+            if len(ids):
+                yield ids
+        ids = encoder.finish()
+        if len(ids):
+            yield ids
+
+    def encode_inside(self, sentence: str) -> Ids:
+        """Token ids [tokens] of ``sentence`` where it follows other text and a space."""
+        return self._after(".", " " + sentence)
+
+    @property
+    def start_ids(self) -> Ids:
+        """Token ids that are put before any text, such as a start-of-text token; often none."""
+        return np.array(self._special_ids()[0], np.int32)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """The text of ``ids``; special tokens are left out unless ``specials``."""
@@ -191,6 +192,45 @@ class Tokenizer:
         if ids[: len(before)] != before:
             return self.encode(text)
         return np.array(ids[len(before) :], np.int32)
+
+
+class StreamEncoder:
+    """Text to token ids [tokens], piece by piece; joined, they are the ids of the whole."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, specials: bool = False, chunk: int | None = None
+    ) -> None:
+        """``chunk``: characters that are encoded at a time."""
+        self._tokenizer = tokenizer
+        self._start, self._end = tokenizer._special_ids() if specials else ([], [])
+        self._chunk = self._enough = CHUNK if chunk is None else chunk
+        self._context, self._rest = "", ""
+
+    def feed(self, piece: str) -> Ids:
+        """The ids that became certain with ``piece``; often none."""
+        self._rest += piece
+        rest = self._rest
+        if len(rest) < self._enough:
+            return EMPTY
+        cut = self._tokenizer._last_cut(rest) or (len(rest) if len(rest) >= LONGEST_RUN else 0)
+        # A run without a place to cut is searched anew only when it is twice as long.
+        self._enough = self._chunk if cut else min(2 * len(rest), LONGEST_RUN)
+        return self._take(cut) if cut else EMPTY
+
+    def finish(self) -> Ids:
+        """What is left."""
+        ids = self._take(len(self._rest)) if self._rest else EMPTY
+        return np.concatenate([self._opening(), ids, np.array(self._end, np.int32)])
+
+    def _take(self, cut: int) -> Ids:
+        text, self._rest = self._rest[:cut], self._rest[cut:]
+        ids = self._tokenizer._after(self._context, text)
+        self._context = self._tokenizer._context(text)
+        return np.concatenate([self._opening(), ids])
+
+    def _opening(self) -> Ids:
+        start, self._start = self._start, []
+        return np.array(start, np.int32)
 
 
 class StreamDecoder:

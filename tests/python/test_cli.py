@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 import armt
+from armt.cli import loading
 from armt.cli.app import run
 from armt.cli.output import one_line, size, whole_file
 from armt.demo.story import material
 
-COMMANDS = ("demo", "run", "info", "convert")
+COMMANDS = ("demo", "run", "info", "convert", "bench", "serve", "eval")
+EVALUATIONS = ("retrieval", "babilong", "perplexity")
 ARMT = [sys.executable, "-m", "armt.cli"]
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -60,6 +62,9 @@ def test_help_has_an_example_for_every_command(invoke: Invoke) -> None:
     for name in COMMANDS:
         code, out, _ = invoke(name, "--help")
         assert code == 0 and f"armt {name}" in out.split("Example:")[1]
+    for name in EVALUATIONS:
+        code, out, _ = invoke("eval", name, "--help")
+        assert code == 0 and f"armt eval {name}" in out.split("Example:")[1]
 
 
 def test_version(invoke: Invoke) -> None:
@@ -87,6 +92,15 @@ def test_starting_imports_nothing_heavy() -> None:
         (["run", "demo", "none.txt", "--ask", "Who?"], 1, "none.txt: no such file"),
         (["run", "demo", "--state-in", "none", "--ask", "Who?"], 1, "none: no such file"),
         (["run", "demo", "-", "--state-out", "no/folder/x"], 1, "does not exist"),
+        (["run", "demo", "-", "--state-out", "."], 1, "found a folder"),
+        (["run", "demo", ".", "--ask", "Who?"], 1, "found a folder"),
+        (["run", "demo", "-", "--ask", " "], 1, "the question is empty"),
+        (["run"], 2, "armt run --help"),
+        (["eval", "retrieval", "demo", "--pairs", "ten"], 1, "--pairs"),
+        (["eval", "babilong", "demo", "--lengths", "4 km"], 1, "4 km"),
+        (["eval", "babilong", "demo", "--data", "nowhere"], 1, "nowhere"),
+        (["eval", "perplexity", "demo", "--data", "nowhere"], 1, "nowhere: no such file"),
+        (["bench", "nothing"], 1, "nothing: no such file or folder"),
         (["convert", "nowhere", "out"], 1, "nowhere"),
         (["convert", "demo", "out", "--dtype", "int3"], 1, "int3"),
     ],
@@ -160,6 +174,19 @@ def test_info(invoke: Invoke) -> None:
     assert code == 0 and json.loads(out)["segment_size"] == 512
 
 
+def test_large_weights_are_read_behind_a_bar(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "converting" not in invoke("convert", "demo", tmp_path / "a")[2]
+    monkeypatch.setattr(loading, "LARGE", 0)
+    assert "converting" not in invoke("convert", "demo", tmp_path / "b")[2], "a bar in a pipe"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # how rich is told that this is a terminal
+    code, _, err = invoke("convert", "demo", tmp_path / "c")
+    assert code == 0 and "converting" in err and "MiB" in err
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert files[0] == files[1] == files[2]
+
+
 def test_convert(invoke: Invoke, tmp_path: Path) -> None:
     code, out, err = invoke("convert", "demo", tmp_path / "new", "--dtype", "bfloat16")
     assert (code, out) == (0, f"{tmp_path / 'new'}\n") and "bfloat16" in err
@@ -229,6 +256,32 @@ def test_run_reads_standard_input_as_it_reads_a_file(book: Path) -> None:
     assert pipe.returncode == 0 and err == b""
     assert found["answers"] == expected["answers"]
     assert found["tokens"] == expected["tokens"]
+
+
+MEASURED = """
+import sys
+from armt.cli.app import run
+from armt.demo.exam import peak_memory
+code = run(sys.argv[1:])
+print(peak_memory(), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_a_pipe_of_any_length_is_read_in_constant_memory(book: Path) -> None:
+    needs_tokenizers()
+    peaks = []
+    for times in (10, 80):  # a quarter of a megabyte, two megabytes
+        process = subprocess.Popen(
+            [sys.executable, "-c", MEASURED, "run", "demo", "-", "--ask", "Where is Mary?"],
+            stdin=-1,
+            stdout=-1,
+            stderr=-1,
+        )
+        out, err = process.communicate(book.read_bytes() * times)
+        assert process.returncode == 0 and out.endswith(b"office\n")
+        peaks.append(int(err.split()[-1]))
+    assert peaks[1] < peaks[0] * 1.02 + 1_000_000
 
 
 # ------------------------------------------------------------------ signals and terminals

@@ -1,5 +1,8 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <set>
@@ -71,7 +74,7 @@ class StateReader {
     }
     in_.finish();
     check_counters(state_, in_.where());
-    require_all_rows();
+    require_all_blocks();
     return std::move(state_);
   }
 
@@ -155,14 +158,20 @@ class StateReader {
     in_.arrays(head, std::span<float>(rows.k), std::span<float>(rows.v));
   }
 
-  void require_all_rows() const {
-    for (size_t i = 0; i < state_.layers.size(); ++i) {
+  void require(bool there, Type type, uint32_t layer = kNoLayer) const {
+    if (!there) in_.fail(BlockHead{.type = type, .layer = layer}.name() + " is missing");
+  }
+
+  // What a stream with these counters has; check_counters() saw to the token ids.
+  void require_all_blocks() const {
+    const bool closed = state_.closed_segments > 0;
+    require(!state_.last_hidden.empty() || state_.tokens == 0, Type::last_hidden);
+    require(!state_.carried.empty() || shape_.carried == 0 || !closed, Type::carried);
+    for (uint32_t i = 0; i < state_.layers.size(); ++i) {
       const HostLayer& layer = state_.layers[i];
-      const bool current = !layer.current.k.empty() || state_.current_rows() == 0;
-      const bool previous = !layer.previous.k.empty() || state_.previous_rows() == 0;
-      if (current && previous) continue;
-      in_.fail("block '" + name_of(current ? Type::previous : Type::current) + "' of layer " + std::to_string(i) +
-               " is missing");
+      require(layer.memory.written || shape_.matrix == 0 || !closed, Type::memory, i);
+      require(!layer.current.k.empty() || state_.current_rows() == 0, Type::current, i);
+      require(!layer.previous.k.empty() || state_.previous_rows() == 0, Type::previous, i);
     }
   }
 
@@ -171,12 +180,24 @@ class StateReader {
   StateShape shape_;
 };
 
+[[noreturn]] void fail_memory(const std::string& where, int64_t size) {
+  throw OutOfMemory(where + ": a state of " + std::to_string(size) + " bytes does not fit in memory");
+}
+
+// Bytes of the machine's memory.
+int64_t physical_memory() {
+  const int64_t pages = ::sysconf(_SC_PHYS_PAGES), bytes = ::sysconf(_SC_PAGESIZE);
+  return pages > 0 && bytes > 0 ? pages * bytes : INT64_MAX;
+}
+
 HostState read_state(Take take, int64_t size, const std::string& where) {
   try {
     BlockReader blocks(std::move(take), size, where);
+    // A system that promises more memory than it has would end the process instead of refusing.
+    if (size > physical_memory()) fail_memory(where, size);
     return StateReader(blocks).read();
   } catch (const std::bad_alloc&) {
-    throw OutOfMemory(where + ": a state of " + std::to_string(size) + " bytes does not fit in memory");
+    fail_memory(where, size);
   }
 }
 

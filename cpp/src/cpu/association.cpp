@@ -9,7 +9,7 @@ namespace {
 
 constexpr double kEpsilon = 1e-5;       // added to every denominator
 constexpr double kNormFloor = 1e-12;    // least length that features are divided by
-constexpr double kTaskWork = 200e3;     // multiply-adds below which a further task costs more than it saves
+constexpr double kTaskWork = 60e3;      // multiply-adds below which a further task costs more than it saves
 constexpr int64_t kSparsity = 4;        // about one feature in four is not zero
 constexpr int64_t kTokenFloats = 4096;  // of the values of all memory tokens that an update holds in L1
 

@@ -45,6 +45,9 @@ class CpuBackend : public Backend {
   std::unique_ptr<Workspace> make_workspace(int64_t slots, int64_t slot_rows) override;
   void run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) override;
 
+  int64_t workers() const override { return pool_.threads(); }
+  void work(int64_t most, const std::function<void()>& body) override;
+
   void embed(const Group& group, const Rows& out) override;
   void memory_read(Groups groups, const Rows& x) override;
   void memory_write(Groups groups, const Rows& x) override;

@@ -76,7 +76,11 @@ BlockRef CpuBackend::allocate(int64_t bytes) {
   auto block = std::make_shared<Block>();
   block->data = aligned_allocate(std::max<int64_t>(1, bytes));
   block->bytes = bytes;
-  block->release = [](Block& released) { aligned_release(released.data); };
+  block->release = [this](Block& released) {
+    aligned_release(released.data);
+    count_block(-released.bytes);
+  };
+  count_block(bytes);
   if (poison_) poison(block->data, bytes);
   return block;
 }
@@ -105,20 +109,14 @@ std::unique_ptr<Workspace> CpuBackend::make_workspace(int64_t slots, int64_t slo
 }
 
 void CpuBackend::run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) {
-  auto& own = static_cast<CpuWorkspace&>(workspace);
-  const auto run_group = [&](int64_t index) {
-    const Group& group = groups[index];
-    const ScratchLease lease(own, config_, poison_);
-    body(Groups(&group, 1), lease.from(group.row_begin));
-  };
-  const int64_t count = std::ssize(groups);
-  // A group for each thread, operations inline, needs no meeting of threads inside the group. With
-  // too few groups for that the threads share each operation instead.
-  if (count * 4 >= pool_.threads() * 3) {
-    pool_.parallel_for(count, run_group);
-  } else {
-    for (int64_t i = 0; i < count; ++i) run_group(i);
-  }
+  const ScratchLease lease(static_cast<CpuWorkspace&>(workspace), config_, poison_);
+  for (const Group& group : groups) body(Groups(&group, 1), lease.from(group.row_begin));
+}
+
+void CpuBackend::work([[maybe_unused]] int64_t most, const std::function<void()>& body) {
+  // As many shares as threads, even where that is more than `most`: with fewer, the others could take them all before
+  // the caller comes, and wait for what only the caller may do.
+  pool_.parallel_for(pool_.threads(), [&body](int64_t) { body(); });
 }
 
 }  // namespace armt::cpu

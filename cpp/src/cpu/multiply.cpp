@@ -14,9 +14,11 @@ struct Split {
   int64_t tasks() const { return row_blocks * unit_runs; }
 };
 
-constexpr int64_t kFewRows = 8;         // bound by reading the weights: long runs
-constexpr int64_t kTasksPerThread = 4;  // so that a thread that is held up delays the others little
-constexpr double kTaskWork = 200e3;     // multiply-adds below which a further task costs more than it saves
+constexpr int64_t kFewRows = 8;                // bound by reading the weights: long runs
+constexpr int64_t kTasksPerThread = 4;         // so that a thread that is held up delays the others little
+constexpr double kTaskWork = 60e3;             // multiply-adds below which a further task costs more than it saves
+constexpr int64_t kWholeTile = 6;              // rows that keep a kernel busy
+constexpr int64_t kSmallWeights = 512 * 1024;  // elements that every thread may read: they stay in cache
 
 // Runs of units for each of `blocks` row blocks: enough for `wanted` tasks, and a little more where
 // that gives every thread the same number.
@@ -31,10 +33,16 @@ int64_t runs_for(int64_t wanted, int64_t blocks, int64_t units, int64_t threads)
 Split split(const Kernels& kernels, int64_t rows, int64_t units, int64_t unit_columns, int64_t k, int64_t threads) {
   Split cut;
   cut.row_blocks = (rows + kernels.gemm_rows - 1) / kernels.gemm_rows;
-  const double work = static_cast<double>(rows) * static_cast<double>(units * unit_columns) * static_cast<double>(k);
+  const int64_t weights = units * unit_columns * k;
   const int64_t most = threads * (rows <= kFewRows ? 1 : kTasksPerThread);
+  const double work = static_cast<double>(rows) * static_cast<double>(weights);
   const int64_t wanted = std::min(static_cast<int64_t>(work / kTaskWork), most);
-  if (threads > 1 && wanted > 1) cut.unit_runs = runs_for(wanted, cut.row_blocks, units, threads);
+  if (threads == 1 || wanted <= 1) return cut;
+  if (units % threads != 0 && weights <= kSmallWeights && rows >= threads * kWholeTile && cut.row_blocks < threads) {
+    cut.row_blocks = threads;  // few units would leave threads without one
+  } else {
+    cut.unit_runs = runs_for(wanted, cut.row_blocks, units, threads);
+  }
   return cut;
 }
 

@@ -34,8 +34,9 @@ uint64_t generation_of(uint64_t ticket) {
   return ticket >> (2 * kIndexBits);
 }
 
+// Index 0 is out already: it is the caller's.
 uint64_t new_ticket(uint64_t old, int64_t count) {
-  return (generation_of(old) + 1) << (2 * kIndexBits) | static_cast<uint64_t>(count) << kIndexBits;
+  return (generation_of(old) + 1) << (2 * kIndexBits) | static_cast<uint64_t>(count) << kIndexBits | 1;
 }
 
 void pause() {
@@ -107,6 +108,7 @@ void ThreadPool::run_shared(int64_t count, Body body, void* context) {
   epoch_.notify_all();
 
   inside_job = true;
+  run_index(0, count);
   while (take_index()) {
   }
   inside_job = false;
@@ -140,17 +142,20 @@ bool ThreadPool::take_index() {
   do {
     if (next_index(ticket) >= count_of(ticket)) return false;
   } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+  run_index(static_cast<int64_t>(next_index(ticket)), static_cast<int64_t>(count_of(ticket)));
+  return true;
+}
+
+void ThreadPool::run_index(int64_t index, int64_t count) {
   if (!failed_.load(std::memory_order_relaxed)) {
     try {
-      body_(context_, static_cast<int64_t>(next_index(ticket)));
+      body_(context_, index);
     } catch (...) {
       record_failure();
     }
   }
   // From here on the job may be over and its caller gone.
-  const auto count = static_cast<int32_t>(count_of(ticket));
   if (finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) finished_.notify_one();
-  return true;
 }
 
 void ThreadPool::record_failure() {

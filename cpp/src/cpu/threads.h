@@ -28,7 +28,7 @@ class ThreadPool {
 
   int64_t threads() const { return threads_; }
 
-  // fn(i) for i = 0 .. count-1, in any order and by several threads. The first exception thrown is
+  // fn(i) for i = 0 .. count-1, in any order and by several threads; fn(0) by the caller. The first exception thrown is
   // thrown here; indices not begun by then may be left out.
   template <class Fn>
   void parallel_for(int64_t count, Fn&& fn) {
@@ -59,6 +59,7 @@ class ThreadPool {
   void start_workers();
   void work();
   bool take_index();  // claims and runs one index; false when none is left
+  void run_index(int64_t index, int64_t count);
   void record_failure();
   void wait_until_finished(int64_t count);
 

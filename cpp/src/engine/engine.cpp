@@ -138,10 +138,16 @@ void Engine::run(std::span<Job> jobs, const RunHooks& hooks) {
   try {
     Planner planner(config_, jobs);
     if (planner.done()) return;
-    const int64_t in_flight = waves_in_flight(config_, planner, options_.schedule, options_.backend.threads);
+    const int64_t in_flight = waves_in_flight(*backend_, config_, planner, options_.schedule);
     WorkspaceLease workspace(*this, in_flight, planner.max_wave_rows());
     run_in(*workspace, planner, in_flight, hooks);
-    for (const Job& job : jobs) ++job.state->version;
+    for (const Job& job : jobs) {
+      ++job.state->version;
+      for (LayerState& layer : job.state->layers) {
+        trim_rows(*backend_, layer.current);
+        trim_rows(*backend_, layer.previous);
+      }
+    }
   } catch (...) {
     for (size_t i = 0; i < jobs.size(); ++i) *jobs[i].state = std::move(before[i]);
     throw;
@@ -188,12 +194,22 @@ void Engine::logits_of(std::span<const BlockRef> hidden, float* out) {
   backend_->logits(normed, 0, count, out);
 }
 
+void Engine::greatest_of(std::span<const BlockRef> hidden, int32_t* tokens, float* logprobs) {
+  const auto count = std::ssize(hidden);
+  WorkspaceLease workspace(*this, 1, count);
+  const Rows& normed = (*workspace).normed;
+  for (int64_t i = 0; i < count; ++i) backend_->load_rows(*hidden[i], 1, normed, i);
+  backend_->greatest(normed, 0, count, tokens, logprobs);
+}
+
 void Engine::count(std::span<const Job> jobs, std::span<const StreamState> before,
                    std::chrono::steady_clock::time_point start) {
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   std::lock_guard lock(stats_mutex_);
-  ++stats_.calls;
-  stats_.seconds += elapsed.count();
+  const auto slot = static_cast<size_t>(stats_.calls++ % EngineStats::kRecentCalls);
+  if (slot == stats_.recent.size()) stats_.recent.emplace_back();
+  stats_.last = stats_.recent[slot] = elapsed.count();
+  stats_.seconds += stats_.last;
   for (size_t i = 0; i < jobs.size(); ++i) {
     stats_.tokens += jobs[i].state->tokens - before[i].tokens;
     stats_.segments += jobs[i].state->closed_segments - before[i].closed_segments;

@@ -30,7 +30,10 @@ struct EngineStats {
   int64_t tokens = 0;
   int64_t segments = 0;
   int64_t calls = 0;
-  double seconds = 0;  // inside run()
+  double seconds = 0;          // inside run()
+  std::vector<double> recent;  // seconds of the last kRecentCalls calls, in no order
+  double last = 0;             // seconds of the last one
+  static constexpr int64_t kRecentCalls = 1024;
 };
 
 struct RunHooks {
@@ -61,6 +64,9 @@ class Engine {
 
   // [rows of `hidden` blocks, vocab]: logits of kept hidden rows.
   void logits_of(std::span<const BlockRef> hidden, float* out);
+
+  // The likeliest next token of each and its log probability, where the backend chooses.
+  void greatest_of(std::span<const BlockRef> hidden, int32_t* tokens, float* logprobs);
 
   // Rejects ids outside the vocabulary, naming the first.
   void check_tokens(std::span<const int32_t> tokens) const;

@@ -122,6 +122,10 @@ void check_counters(const HostState& state, const std::string& where) {
   const int64_t open = std::ssize(state.open_tokens), previous = std::ssize(state.previous_tokens);
   require(state.tokens >= open && state.tokens - open >= previous && state.tokens < kMost, "tokens", state.tokens);
   require(state.closed_segments >= 0 && state.closed_segments < kMost, "closed_segments", state.closed_segments);
+  // Every closed segment has a token or more.
+  const int64_t older = state.tokens - open - previous, older_segments = state.closed_segments - 1;
+  require(older_segments > 0 ? older >= older_segments : older == 0, "tokens", state.tokens);
+  require((previous > 0) == (state.closed_segments > 0), "previous tokens", previous);
   const bool inner = memory.dialect == Dialect::inner;
   require(state.position_base >= 0 && state.position_base < (inner ? kMost : 1), "position_base", state.position_base);
   const bool window = memory.sliding_window && state.window_tokens == previous;

@@ -1,5 +1,6 @@
 #include "engine/session.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "armt/error.h"
@@ -201,11 +202,19 @@ std::vector<Choice> choose_tokens(std::span<Session* const> sessions, std::span<
     hidden.push_back(last_hidden_of(sessions[i]->state_));
   }
   Engine& engine = *sessions[0]->engine_;
+  std::vector<Choice> choices;
+  const bool greedy = std::ranges::all_of(
+      params, [](const SamplingParams& p) { return p.temperature == 0.0 && p.repetition_penalty == 1.0; });
+  if (greedy && engine.backend().chooses()) {
+    std::vector<int32_t> tokens(sessions.size());
+    std::vector<float> logprobs(sessions.size());
+    engine.greatest_of(hidden, tokens.data(), logprobs.data());
+    for (size_t i = 0; i < sessions.size(); ++i) choices.push_back({tokens[i], logprobs[i]});
+    return choices;
+  }
   const int64_t vocab = engine.config().decoder.vocab_size;
   std::vector<float> logits(sessions.size() * vocab);
   engine.logits_of(hidden, logits.data());
-
-  std::vector<Choice> choices;
   for (size_t i = 0; i < sessions.size(); ++i) {
     StreamState& state = sessions[i]->state_;
     std::vector<int32_t> seen;

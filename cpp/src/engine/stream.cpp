@@ -54,6 +54,12 @@ void clear_rows(KvCache& cache) {
   cache.rows = 0;
 }
 
+void trim_rows(const Backend& backend, KvCache& cache) {
+  const int64_t page_rows = backend.kv_page_rows();
+  const auto pages = static_cast<size_t>((cache.rows + page_rows - 1) / page_rows);
+  if (cache.pages.size() > pages) cache.pages.resize(pages);
+}
+
 int64_t association_bytes(const ModelConfig& config) {
   const int64_t heads = config.memory.n_heads, features = config.features();
   const int64_t matrix = heads * features * config.value_dim();

@@ -37,6 +37,9 @@ void reserve_rows(Backend& backend, KvCache& cache, int64_t count);
 // Empties a cache; pages that nobody else holds are kept for reuse.
 void clear_rows(KvCache& cache);
 
+// Gives back the pages that no row lies in: at the end of a call, so that an idle stream holds no more than it needs.
+void trim_rows(const Backend& backend, KvCache& cache);
+
 // The block to write the next memory into: the current one if this stream alone holds it, else a new one.
 BlockRef writable_memory(Backend& backend, const ModelConfig& config, const Association& memory);
 

@@ -1,163 +1,87 @@
 #include "schedule/schedule.h"
 
+#include <algorithm>
 #include <deque>
+#include <vector>
 
-#include "engine/stream.h"
 #include "layers/block.h"
+#include "schedule/flight.h"
 
 namespace armt {
 namespace {
 
-// A wave on its way through the layers.
-struct Flight {
-  Wave wave;
-  int64_t layer = 0;
-  int64_t row_begin = 0;  // of the wave in Workspace::residual
-  std::vector<Cell> cells;
-  std::vector<BlockRef> next_memory;  // of each cell that writes
-  Group group;
-
-  // The last layer's share: rows that somebody needs, compacted.
-  std::vector<int64_t> gathered;  // absolute rows
-  std::vector<Row> output_rows;
-  std::vector<Cell> output_cells;
-  std::vector<int64_t> output_tokens;  // of each item
-};
-
-void choose_outputs(Flight& flight) {
-  for (const Item& item : flight.wave.items) {
-    int64_t tokens = 0;
-    if (item.job->logits == LogitsWanted::all) {
-      tokens = item.token_count;
-    } else if (item.last_of_job && item.token_count > 0) {
-      tokens = 1;
-    }
-    flight.output_tokens.push_back(tokens);
-    const int64_t needed = tokens + item.memory_rows;
-    for (int64_t i = item.row_count - needed; i < item.row_count; ++i) {
-      flight.gathered.push_back(flight.row_begin + item.row_begin + i);
-      flight.output_rows.push_back(flight.wave.rows[item.row_begin + i]);
-    }
-  }
+// Whether the backend would rather see the whole way of this wave at once.
+bool goes_at_once(const Backend& backend, const Flight& flight) {
+  if (flight.group.row_count > backend.replayed_rows()) return false;
+  return std::ranges::none_of(flight.cells, [](const Cell& cell) { return cell.write_rows > 0; });
 }
 
-Flight take_off(Backend& backend, Workspace& workspace, Wave wave, int64_t index) {
-  Flight flight;
-  flight.wave = std::move(wave);
-  flight.row_begin = (index % workspace.slots) * workspace.slot_rows;
-  choose_outputs(flight);
-  for (const Item& item : flight.wave.items) {
-    Cell cell;
-    cell.row_begin = flight.row_begin + item.row_begin;
-    cell.row_count = item.row_count;
-    cell.write_rows = item.memory_rows;
-    cell.kv_begin = item.kv_begin;
-    cell.carried = item.carried.get();
-    if (!item.visible.empty()) cell.visible = item.visible.data();
-    if (!item.prev_visible.empty()) cell.prev_visible = item.prev_visible.data();
-    flight.cells.push_back(cell);
+// All layers of a wave that writes nothing; all its rows run in the last layer too.
+void fly_at_once(Backend& backend, const ModelConfig& config, Workspace& workspace, Flight& flight) {
+  std::vector<std::vector<Cell>> cells;
+  std::vector<Group> layers;
+  for (; flight.layer < config.decoder.n_layers; ++flight.layer) {
+    prepare(backend, config, flight);
+    cells.push_back(flight.cells);
+    layers.push_back(flight.group);
+    layers.back().cells = cells.back();
   }
-  flight.next_memory.resize(flight.cells.size());
-  flight.group.row_begin = flight.row_begin;
-  flight.group.row_count = std::ssize(flight.wave.rows);
-  flight.group.rows = flight.wave.rows.data();
-  flight.group.cells = flight.cells;
-  backend.embed(flight.group, workspace.residual);
-  return flight;
-}
-
-// Device memory that the flight's cells need in this layer.
-void prepare(Backend& backend, const ModelConfig& config, Flight& flight) {
-  flight.group.layer = flight.layer;
-  for (size_t i = 0; i < flight.cells.size(); ++i) {
-    Cell& cell = flight.cells[i];
-    const Item& item = flight.wave.items[i];
-    LayerState& state = item.job->state->layers[flight.layer];
-    cell.state = &state;
-    reserve_rows(backend, state.current, cell.row_count);
-    state.current.rows += cell.row_count;
-    if (cell.write_rows > 0 && config.has_association()) {
-      flight.next_memory[i] = writable_memory(backend, config, state.memory);
-      cell.next_memory = flight.next_memory[i].get();
-    }
-  }
-}
-
-OutputRows prepare_outputs(Flight& flight) {
-  int64_t row = 0;
-  flight.output_cells = flight.cells;
-  for (size_t i = 0; i < flight.cells.size(); ++i) {
-    Cell& cell = flight.output_cells[i];
-    cell.row_begin = row;
-    cell.row_count = flight.output_tokens[i] + cell.write_rows;
-    row += cell.row_count;
-  }
-  OutputRows outputs;
-  outputs.group = flight.group;
-  outputs.group.row_begin = 0;
-  outputs.group.row_count = row;
-  outputs.group.rows = flight.output_rows.data();
-  outputs.group.cells = flight.output_cells;
-  outputs.gathered = flight.gathered;
-  return outputs;
-}
-
-// What a layer's cells leave behind in their streams.
-void settle(const ModelConfig& config, Flight& flight) {
-  for (size_t i = 0; i < flight.cells.size(); ++i) {
-    Cell& cell = flight.cells[i];
-    const Item& item = flight.wave.items[i];
-    if (flight.next_memory[i]) cell.state->memory.block = std::move(flight.next_memory[i]);
-    if (item.memory_rows == 0) continue;
-    LayerState& state = *cell.state;
-    if (config.memory.sliding_window && item.job->windowed) {
-      std::swap(state.previous, state.current);
-      state.previous.rows = item.segment_rows;
-    }
-    clear_rows(state.current);
-  }
-}
-
-void land(Backend& backend, Workspace& workspace, Flight& flight, const ScheduleHooks& hooks) {
-  backend.final_norm(workspace.last, workspace.normed, std::ssize(flight.gathered));
-  int64_t first = 0, tokens_in_wave = 0;
-  for (size_t i = 0; i < flight.wave.items.size(); ++i) {
-    const Item& item = flight.wave.items[i];
-    const int64_t tokens = flight.output_tokens[i];
-    hooks.finished({.item = item,
-                    .normed = workspace.normed,
-                    .first = first,
-                    .token_begin = item.token_begin + item.token_count - tokens,
-                    .tokens = tokens});
-    first += tokens + item.memory_rows;
-    tokens_in_wave += item.token_count;
-  }
-  hooks.progressed(tokens_in_wave);
+  backend.run_wave(workspace, layers, [&](Groups layer, const Scratch& scratch) {
+    run_blocks(backend, config, workspace, scratch, layer);
+  });
+  if (!flight.gathered.empty()) backend.gather(workspace.residual, flight.gathered, workspace.last);
 }
 
 }  // namespace
 
-int64_t waves_in_flight(const ModelConfig& config, const Planner& planner, Schedule schedule, int64_t threads) {
+namespace {
+
+// Values of a segment's rows below which a device is not full with one layer's.
+constexpr int64_t kDeviceCell = 6 * 1024 * 1024;
+// Values below which threads that share the operations of a cell wait for each other too often.
+constexpr int64_t kSmallCell = 64 * 1024;
+// A pipeline of w workers idles for about w (w - 1) cells at its ends; whole cells gain a few percent over shared ones.
+constexpr int64_t kCellsToIdle = 30;
+
+// Whether `workers` threads should run whole cells side by side.
+bool pipeline_pays(int64_t workers, int64_t layers, int64_t waves, int64_t cell) {
+  if (workers == 1) return false;
+  if (cell < kSmallCell) return true;
+  return workers <= layers && waves * layers >= kCellsToIdle * workers * (workers - 1);
+}
+
+}  // namespace
+
+int64_t waves_in_flight(const Backend& backend, const ModelConfig& config, const Planner& planner, Schedule schedule) {
+  const int64_t layers = config.decoder.n_layers, waves = planner.waves(), workers = backend.workers();
   // RMT's segments wait for each other: each begins with what the one before carried out of its last layer.
-  if (config.recurrent_tokens() || planner.waves() == 1) return 1;
-  const int64_t layers = config.decoder.n_layers;
-  if (schedule == Schedule::sequential) return 1;
+  if (config.recurrent_tokens() || waves == 1 || schedule == Schedule::sequential) return 1;
   if (schedule == Schedule::diagonal) return layers;
-  // Small cells leave threads idle between operations; whole cells side by side do not.
-  constexpr int64_t kSmallCell = 64 * 1024;
-  const bool small = planner.max_wave_rows() * config.decoder.d_model < kSmallCell;
-  return threads > 1 && small ? layers : 1;
+  const int64_t cell = planner.max_wave_rows() * config.decoder.d_model;
+  if (workers == 0) return cell < kDeviceCell ? layers : 1;
+  return pipeline_pays(workers, layers, waves, cell) ? std::min(layers, workers + 1) : 1;
 }
 
 void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace, Planner& planner, int64_t in_flight,
                const ScheduleHooks& hooks) {
+  if (in_flight > 1 && backend.workers() > 1) {
+    run_pipeline(backend, config, workspace, planner, in_flight, hooks);
+    return;
+  }
   const int64_t last_layer = config.decoder.n_layers - 1;
   std::deque<Flight> flights;
   std::vector<Group> groups;
   int64_t started = 0;
   while (!planner.done() || !flights.empty()) {
     if (!planner.done() && std::ssize(flights) < in_flight) {
-      flights.push_back(take_off(backend, workspace, planner.next(), started++));
+      flights.push_back(make_flight(workspace, planner.next(), started++));
+      backend.embed(flights.back().group, workspace.residual);
+      if (flights.size() == 1 && goes_at_once(backend, flights.back())) {
+        fly_at_once(backend, config, workspace, flights.back());
+        land(backend, workspace, flights.back(), hooks);
+        flights.pop_back();
+        continue;
+      }
     }
     groups.clear();
     OutputRows outputs;

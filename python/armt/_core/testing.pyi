@@ -2,11 +2,12 @@
 Single operations of the CPU backend, for tests.
 """
 from __future__ import annotations
+import armt._core
 import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Cache', 'Operations', 'available_isas']
+__all__: list[str] = ['Cache', 'Operations', 'available_isas', 'set_poison']
 class Cache:
     """
     Keys and values of one stream at one layer.
@@ -50,3 +51,7 @@ class Operations:
         ...
 def available_isas() -> list[str]:
     ...
+def set_poison(engine: armt._core.Engine, on: bool) -> None:
+    """
+    Fills new blocks and workspaces of a CPU engine with NaN, so that a value that was never written shows.
+    """

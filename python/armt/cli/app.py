@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from armt.cli import convert, demo, info
+from armt.cli import bench, convert, demo, evaluate, info, serve
 from armt.cli import run as run_text
 from armt.cli.output import one_line, print_error
 
@@ -21,13 +21,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("run")(run_text.run)
-app.command("info")(info.info)
-app.command("convert")(convert.convert)
+app.command("demo", short_help="Reads a long stream and proves what it remembers.")(demo.demo)
+app.command("run", short_help="Reads a text of any size and answers questions.")(run_text.run)
+app.command("info", short_help="Shows what a checkpoint is.")(info.info)
+app.command("convert", short_help="Writes a checkpoint in this project's form.")(convert.convert)
+app.command("bench", short_help="Measures tokens a second.")(bench.bench)
+app.command("serve", short_help="Serves a model over HTTP.")(serve.serve)
+app.add_typer(evaluate.app, name="eval", short_help="Measures what a model remembers.")
 
 
 def _version(wanted: bool) -> None:
@@ -46,7 +49,7 @@ def armt_command(
 ) -> None:
     """Reads any amount of text in constant memory, and answers from it.
 
-    Start with [bold]armt demo[/bold]. Every command has --help with an example.
+    Start with: armt demo. Every command has --help with an example.
     """
 
 
@@ -54,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command line; the exit code. One line on standard error says what went wrong."""
     as_json = "--json" in arguments
     try:
-        result = app(args=list(arguments), standalone_mode=False)
+        result = app(args=list(arguments), prog_name="armt", standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         result = INTERRUPTED
@@ -73,7 +76,10 @@ def _failed(error: Exception, *, as_json: bool) -> int:
     usage: Any = getattr(error, "format_message", None)
     if usage is not None:  # typer: wrong options
         if message := usage():
-            print_error(f"{one_line(message)} (see armt --help)", as_json=as_json, kind="Usage")
+            context: Any = getattr(error, "ctx", None)
+            command = "armt" if context is None else context.command_path
+            hint = f"{one_line(message)} (see {command} --help)"
+            print_error(hint, as_json=as_json, kind="Usage")
         return int(getattr(error, "exit_code", 2))
     if type(error).__name__ == "Abort":  # Ctrl-C in older releases of typer
         print_error("interrupted", as_json=False)

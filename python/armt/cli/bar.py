@@ -49,6 +49,10 @@ class ReadingBar:
         self.tokens = tokens
         self._bar.update(self._task, completed=done, tokens=tokens, rate=self.rate)
 
+    def relabel(self, label: str) -> None:
+        """What is being read now."""
+        self._bar.update(self._task, description=label)
+
     def span(self, start: float, end: float, tokens: int, count: int) -> Callable[[int], None]:
         """What to call with the tokens done of a block of ``count`` that leads from ``start`` to
         ``end`` of the total, after ``tokens`` tokens."""

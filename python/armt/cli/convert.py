@@ -16,7 +16,11 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16. [default: as stored]", show_default=False),
+        typer.Option(
+            metavar="TYPE",
+            help="float32, bfloat16 or float16. [default: as stored]",
+            show_default=False,
+        ),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A LoRA folder to merge.")
@@ -27,14 +31,19 @@ def convert(
 
     Adapters are merged and tokenizer files copied. The folder appears complete or not at all.
 
-    Example: armt convert checkpoint-5000 my-model --dtype bfloat16
+    Example:
+
+    \b
+      armt convert checkpoint-5000 my-model --dtype bfloat16
     """
     from armt.checkpoint import describe, export_folder, load_checkpoint
+    from armt.cli.loading import reading_weights
     from armt.cli.output import print_json, say, size
     from armt.models import resolve
 
     source = load_checkpoint(resolve(model), adapter=adapter)
-    folder = export_folder(source, out, dtype=dtype)  # type: ignore[arg-type]
+    with reading_weights(source, "converting") as shown:
+        folder = export_folder(shown, out, dtype=dtype)  # type: ignore[arg-type]
     _keep_text_settings(source.folder / "config.json", folder / "config.json")
     facts = describe(load_checkpoint(folder))
     if as_json:

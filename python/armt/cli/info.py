@@ -11,7 +11,10 @@ from armt.cli.options import Json, Model
 def info(model: Model, as_json: Json = False) -> None:
     """Shows a checkpoint's geometry, dialect, parameters, and the bytes that a session takes.
 
-    Example: armt info demo
+    Example:
+
+    \b
+      armt info demo
     """
     from armt.checkpoint import describe, load_checkpoint
     from armt.cli.output import console, print_json

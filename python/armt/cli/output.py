@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_LIMIT = 600
+NARROWEST = 80
+"""Columns that a table may take anywhere."""
 
 
 def one_line(message: str) -> str:
@@ -36,10 +38,12 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 
 def console() -> Console:
-    """Standard output for people; without colour in a pipe."""
+    """Standard output for people; without colour in a pipe. Tables are never cut to fit a very
+    narrow terminal: their lines wrap there."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    width = max(Console().width, NARROWEST)
+    return Console(highlight=False, soft_wrap=False, width=width)
 
 
 def say(message: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -25,15 +24,19 @@ def run(
     model: Model,
     file: Annotated[
         str | None,
-        typer.Argument(metavar="[FILE]", help="A UTF-8 text; - is standard input."),
+        typer.Argument(metavar="FILE", help="A UTF-8 text; - is standard input."),
     ] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(metavar="QUESTION", help="May be given again: each asks the same reading."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 20,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="For a temperature above 0.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = 20,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0: the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="For a temperature above 0.")
+    ] = None,
     prompt_format: Annotated[
         str | None,
         typer.Option(
@@ -57,11 +60,13 @@ def run(
     """Reads a text of any size as a stream in constant memory, and answers questions about it.
 
     The text is read once; every question is asked on a fork of that one reading. Needs the extra
-    "text" (pip install "armt\\[text]") and a tokenizer.json in the model's folder.
+    "text" (pip install "armt[text]") and a tokenizer.json in the model's folder.
 
-    Example: armt run demo story.txt --ask "Where is Mary?" --ask "Where is John?"
+    Example:
 
-    Example: cat *.txt | armt run MODEL - --state-out books.armt-state
+    \b
+      armt run demo story.txt --ask "Where is Mary?" --ask "Where is John?"
+      cat *.txt | armt run MODEL - --state-out books.armt-state
     """
     from armt import State
     from armt.cli.bar import ReadingBar
@@ -85,8 +90,12 @@ def run(
     before = session.tokens
     with ExitStack() as stack:
         if file is not None:
-            source = _open(file, stack)
-            bar = stack.enter_context(ReadingBar("reading", total=_size(source), shown=not as_json))
+            source = open_source(file, stack)
+            if source.isatty() and not as_json:
+                say("type the text, then Ctrl-D on a line of its own")
+            bar = stack.enter_context(
+                ReadingBar("reading", total=source_size(source), shown=not as_json)
+            )
             _read(session, source, tokenizer, settings, bar)
             seconds = bar.seconds
     if session.tokens == 0:
@@ -128,19 +137,35 @@ def _check(
         raise ValueError("nothing to read: give a FILE, - for standard input, or --state-in")
     if not questions and state_out is None:
         raise ValueError("nothing to do: give a question with --ask, or --state-out")
-    if file not in (None, "-") and not Path(str(file)).is_file():
-        raise FileNotFoundError(f"{file}: no such file")
+    if any(not question.strip() for question in questions):
+        raise ValueError("--ask: the question is empty")
+    if file is not None:
+        check_source(file)
     if state_in is not None and not state_in.is_file():
         raise FileNotFoundError(f"{state_in}: no such file")
     if state_out is not None and not state_out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{state_out}: the folder {state_out.parent} does not exist")
+    if state_out is not None and state_out.is_dir():
+        raise IsADirectoryError(f"{state_out}: found a folder, expected the name of a file")
 
 
-def _open(file: str, stack: ExitStack) -> BinaryIO:
+def open_source(file: str, stack: ExitStack) -> BinaryIO:
+    """A file, or standard input for ``-``; a typed error for what is neither."""
+    check_source(file)
     return sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
 
 
-def _size(source: BinaryIO) -> int | None:
+def check_source(file: str) -> None:
+    """FileNotFoundError or IsADirectoryError for what cannot be read; ``-`` always can."""
+    if file == "-":
+        return
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"{file}: found a folder, expected a text file")
+    if not Path(file).exists():
+        raise FileNotFoundError(f"{file}: no such file")
+
+
+def source_size(source: BinaryIO) -> int | None:
     """Bytes of a file; None for a pipe."""
     if not source.seekable():
         return None
@@ -157,6 +182,7 @@ def _read(
     settings: TextSettings,
     bar: ReadingBar,
 ) -> None:
+    from armt.tasks.reading import blocks
     from armt.text import open_text, pieces
 
     place = source.tell if source.seekable() else lambda: 0
@@ -164,27 +190,11 @@ def _read(
     first, done = session.tokens, place()
     text = open_text(source)
     stream = tokenizer.encode_stream(settings.prepared(pieces(text)), specials=first == 0)
-    for ids in _blocks(stream, count):
+    for ids in blocks(stream, count):
         span = bar.span(done, place(), session.tokens - first, len(ids))
         session.feed(ids, progress=span)
         done = place()
     text.detach()  # standard input is not ours to close
-
-
-def _blocks(stream: Iterator[Any], count: int) -> Iterator[Any]:
-    """The ids of ``stream`` in blocks of ``count``; the last one may be shorter."""
-    import numpy as np
-
-    held: list[Any] = []
-    for ids in stream:
-        held.append(ids)
-        while sum(map(len, held)) >= count:
-            joined = np.concatenate(held)
-            yield joined[:count]
-            held = [joined[count:]]
-    rest = np.concatenate(held) if held else np.zeros(0, np.int32)
-    if len(rest):
-        yield rest
 
 
 def _ask(

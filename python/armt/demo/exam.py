@@ -6,7 +6,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from armt.demo.story import Fact, Story, answer_text, people, question
+import numpy as np
+
+from armt.demo.story import Fact, Ids, Story, answer_text, people, question
 from armt.engine import Engine
 from armt.session import Session
 
@@ -37,6 +39,8 @@ class Answer:
     asked_at: int
     """Tokens read before the question."""
     fact: Fact
+    without: str = ""
+    """What the same model says that has read nothing but the last segment's worth of tokens."""
 
     @property
     def right(self) -> bool:
@@ -77,6 +81,11 @@ class Result:
         return sum(answer.right for answer in self.answers)
 
     @property
+    def right_without(self) -> int:
+        """Number of right answers without the memory."""
+        return sum(answer.without == answer.expected for answer in self.answers)
+
+    @property
     def needed(self) -> int:
         """Three in four."""
         return -(-3 * len(self.answers) // 4)
@@ -93,6 +102,7 @@ class Result:
             "answers": answers,
             "tokens_per_second": self.tokens / self.seconds,
             "right": self.right,
+            "right_without_memory": self.right_without,
             "asked": len(self.answers),
             "needed": self.needed,
             "passed": self.passed,
@@ -108,11 +118,13 @@ def examine(
     session = engine.session()
     rounds = -(-questions // len(people()))
     answers: list[Answer] = []
-    _read(session, story, min(SEGMENTS_A_CALL * engine.segment_size, tokens // rounds), clock)
+    tail = np.zeros(0, np.int32)
+    first = min(SEGMENTS_A_CALL * engine.segment_size, tokens // rounds)
+    tail = _read(session, story, first, clock, tail)
     sizes = [_sizes(session, engine)]
     for number in range(1, rounds + 1):
-        _read(session, story, tokens * number // rounds, clock)
-        answers += ask_all(session, story)[: questions - len(answers)]
+        tail = _read(session, story, tokens * number // rounds, clock, tail)
+        answers += ask_all(session, story, tail)[: questions - len(answers)]
     sizes.append(_sizes(session, engine))
     return Result(
         device=engine.device,
@@ -131,27 +143,42 @@ def examine(
     )
 
 
-def _read(session: Session, story: Story, end: int, clock: Clock) -> None:
-    """Reads on until the session has read ``end`` tokens."""
+def _read(session: Session, story: Story, end: int, clock: Clock, tail: Ids) -> Ids:
+    """Reads on until the session has read ``end`` tokens; the last segment's worth of tokens."""
+    size = session.engine.segment_size
     clock.resume()
     while (before := session.tokens) < end:
-        ids = story.read(min(SEGMENTS_A_CALL * session.engine.segment_size, end - before))
+        ids = story.read(min(SEGMENTS_A_CALL * size, end - before))
 
         def report(done: int, *, before: int = before) -> None:
             clock.update(before + done, before + done)
 
         session.feed(ids, progress=report)
+        tail = np.concatenate([tail, ids])[-size:]
     clock.update(end, end)
+    return tail
 
 
-def ask_all(session: Session, story: Story) -> list[Answer]:
-    """Where is everybody of whom the story has told? The session is left as it is."""
+def ask_all(session: Session, story: Story, tail: Ids) -> list[Answer]:
+    """Where is everybody of whom the story has told? The session is left as it is.
+
+    The same is asked of a session that has read ``tail`` only: the model without its memory.
+    """
     told = [(person, story.last_fact(person)) for person in people()]
-    return [
-        Answer(question(person)[0], ask(session, person), fact.place, session.tokens, fact)
-        for person, fact in told
-        if fact is not None
-    ]
+    with session.engine.session() as forgetful:
+        forgetful.feed(tail)
+        return [
+            Answer(
+                question(person)[0],
+                ask(session, person),
+                fact.place,
+                session.tokens,
+                fact,
+                ask(forgetful, person),
+            )
+            for person, fact in told
+            if fact is not None
+        ]
 
 
 def ask(session: Session, person: str) -> str:

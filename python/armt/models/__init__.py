@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from armt.errors import CheckpointError
@@ -11,16 +12,21 @@ DEFAULT = "babilong-qa1"
 ALIASES = {"demo": DEFAULT, DEFAULT: DEFAULT}
 
 
+def place(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """``path`` itself, or where the model of the package lies that it names ("demo")."""
+    if isinstance(path, str) and path in ALIASES and not Path(path).exists():
+        return FOLDER / ALIASES[path]
+    return path
+
+
 def resolve(name: str) -> Path:
     """``name`` as a path: that of an existing file or folder, else that of a model of the package.
 
     Raises CheckpointError where it is neither.
     """
-    path = Path(name).expanduser()
+    path = Path(place(name)).expanduser()
     if path.exists():
         return path
-    if name in ALIASES:
-        return FOLDER / ALIASES[name]
     raise CheckpointError(
         f"{name}: no such file or folder, expected a checkpoint, or a model of the package: "
         + ", ".join(ALIASES)

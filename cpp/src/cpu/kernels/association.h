@@ -10,13 +10,33 @@ namespace armt::cpu::ARMT_ISA_NAME {
 
 inline constexpr int kMemoryVectors = 8;  // vectors of a row of A that a pass over the features sums up
 
+#if defined(__AVX512F__)
+// Block j of phi, eight features at a time: appends the non-zero ones and returns their new number.
+// Up to seven features behind the last one are overwritten, so `out` must hold whole blocks.
+static inline int64_t pack_block(const float* u, int64_t j, int64_t count, int32_t first, int64_t found, Feature* out) {
+  typedef uint32_t Half __attribute__((vector_size(32)));
+  typedef uint64_t Pairs __attribute__((vector_size(64)));
+  Half index = Half{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<uint32_t>(first);
+  for (int64_t i = 0; i < count; i += 8, index += 8u) {
+    const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(u + i), _mm256_loadu_ps(u + i - j));
+    const __mmask8 kept = _mm256_cmp_ps_mask(value, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    const Pairs pairs =
+        __builtin_convertvector(reinterpret_cast<Half>(value), Pairs) | __builtin_convertvector(index, Pairs) << 32;
+    const __m512i packed = _mm512_maskz_compress_epi64(kept, reinterpret_cast<__m512i>(pairs));
+    _mm512_storeu_si512(out + found, packed);
+    // Explicitly widened: GCC 12 may count a spilled mask's neighbours too.
+    found += __builtin_popcount(_cvtmask8_u32(kept));
+  }
+  return found;
+}
+#endif
+
 // phi(x), x [n]: u = (max(x, 0), max(-x, 0)); block j = 1 .. rolls has u[i] u[(i - j) mod 2n] at i.
 // Writes the non-zero features, ascending, and returns how many. NaN stays NaN.     arXiv
 // 2102.11174
 static int64_t features(const float* x, int64_t n, int64_t rolls, Feature* out, float* scratch) {
   const int64_t count = 2 * n;
   float* u = scratch + rolls;  // the `rolls` values in front of u repeat its end
-  auto* support = reinterpret_cast<int32_t*>(u + count);
   for (int64_t i = 0; i < n; ++i) {
     u[i] = x[i] <= 0.0f ? 0.0f : x[i];
     u[n + i] = x[i] >= 0.0f ? 0.0f : -x[i];
@@ -25,12 +45,20 @@ static int64_t features(const float* x, int64_t n, int64_t rolls, Feature* out, 
     if (end == 0) end = count;
     u[-j] = u[--end];
   }
+  int64_t found = 0;
+#if defined(__AVX512F__)
+  if (count % 8 == 0) {
+    for (int64_t j = 1; j <= rolls; ++j)
+      found = pack_block(u, j, count, static_cast<int32_t>((j - 1) * count), found, out);
+    return found;
+  }
+#endif
+  auto* support = reinterpret_cast<int32_t*>(u + count);
   int64_t supported = 0;
   for (int64_t i = 0; i < count; ++i) {
     support[supported] = static_cast<int32_t>(i);
     supported += u[i] != 0.0f;
   }
-  int64_t found = 0;
   for (int64_t j = 1; j <= rolls; ++j) {
     const auto first = static_cast<int32_t>((j - 1) * count);
     for (int64_t s = 0; s < supported; ++s) {

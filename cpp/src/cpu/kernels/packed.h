@@ -118,23 +118,38 @@ static inline void few_rows(const GemmTask& task) {
   }
 }
 
+// One panel for all rows, its first V vectors of columns: sums [rows, kPanel].
+template <int V, class Weight>
+static inline void panel_rows(const GemmTask& task, const Weight* panel, float* widened, float* sums) {
+  for (int64_t k = 0; k < task.k; k += kBlockK) {
+    const int64_t depth = min_of(kBlockK, task.k - k);
+    const Weight* block = panel + k * kPanel;
+    // Blocks and panels follow one another in memory.
+    const Ahead next{reinterpret_cast<const char*>(block + depth * kPanel), depth * kPanel * int64_t{sizeof(Weight)}};
+    tile_columns<V>(task.rows, depth, task.in + k, task.ld_in, block, kPanel, sums, kPanel, k > 0, next, widened);
+  }
+}
+
+// The same, without the vectors of the last panel that hold no column.
+template <int V, class Weight>
+static inline void panel_columns(int64_t count, const GemmTask& task, const Weight* panel, float* widened,
+                                 float* sums) {
+  if constexpr (V > 1) {
+    if (count <= (V - 1) * kWidth) return panel_columns<V - 1>(count, task, panel, widened, sums);
+  }
+  panel_rows<V>(task, panel, widened, sums);
+}
+
 template <class Weight>
 static inline void many_rows(const GemmTask& task) {
   const int64_t per_unit = panels_per_unit(task), size = task.k * kPanel;
   float* widened = task.scratch;
   float* sums = task.scratch + kBlockK * kPanel;
   for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit) {
+    const int64_t count = task.n - unit * kPanel;
     for (int64_t p = 0; p < per_unit; ++p) {
       const Weight* panel = static_cast<const Weight*>(task.panels) + (unit * per_unit + p) * size;
-      for (int64_t k = 0; k < task.k; k += kBlockK) {
-        const int64_t depth = min_of(kBlockK, task.k - k);
-        const Weight* block = panel + k * kPanel;
-        // Blocks and panels follow one another in memory.
-        const Ahead next{reinterpret_cast<const char*>(block + depth * kPanel),
-                         depth * kPanel * int64_t{sizeof(Weight)}};
-        tile_columns<kPanelVectors>(task.rows, depth, task.in + k, task.ld_in, block, kPanel,
-                                    sums + p * task.rows * kPanel, kPanel, k > 0, next, widened);
-      }
+      panel_columns<kPanelVectors>(count, task, panel, widened, sums + p * task.rows * kPanel);
     }
     finish_unit(task, unit, sums);
   }

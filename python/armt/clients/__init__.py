@@ -1,0 +1,1 @@
+"""The engine behind interfaces that other tools know."""

@@ -1,0 +1,1 @@
+"""Tasks that measure a memory: associative retrieval, BABILong, perplexity of long texts."""
