@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -109,11 +110,14 @@ def live(
     model: armt.Engine | None = None,
     key: str | None = None,
     protocol: dict[str, float] | None = None,
+    send_buffer: int = 0,
 ) -> Iterator[Live]:
     """A server, until the block ends."""
     settings = settings or Settings()
     app = create_app(model or engine(), settings)
     listener = running.bind("127.0.0.1", 0)
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     ready = threading.Event()
     server = running.server_of(app, settings, ready=ready.set)
     for name, value in (protocol or {}).items():

@@ -20,12 +20,19 @@ Schedule schedule_from(const std::string& name) {
   throw InvalidArgument("schedule: found '" + name + "', expected auto, sequential or diagonal");
 }
 
+OnNonfinite action_from(const std::string& name) {
+  if (name == "raise") return OnNonfinite::raise;
+  if (name == "ignore") return OnNonfinite::ignore;
+  throw InvalidArgument("on_nonfinite: found '" + name + "', expected raise or ignore");
+}
+
 std::shared_ptr<Engine> make_engine(const py::dict& decoder, const py::dict& memory, const std::string& device,
                                     const std::string& dtype, int64_t threads, const std::string& schedule,
-                                    const std::string& isa) {
+                                    const std::string& isa, const std::string& on_nonfinite) {
   EngineOptions options;
   options.backend = {.device = device, .weight_dtype = dtype_from(dtype), .threads = threads, .isa = isa};
   options.schedule = schedule_from(schedule);
+  options.on_nonfinite = action_from(on_nonfinite);
   return std::make_shared<Engine>(config_from(decoder, memory), options);
 }
 
@@ -77,6 +84,7 @@ NamedValues stats(const Engine& engine) {
   result["segments"] = s.segments;
   result["calls"] = s.calls;
   result["seconds"] = s.seconds;
+  result["nonfinite"] = s.nonfinite;
   result["call_seconds"] = call_seconds(s);
   result["state_bytes"] = engine.backend().block_bytes();
   result["weight_bytes"] = engine.backend().weight_bytes();
@@ -88,7 +96,8 @@ NamedValues stats(const Engine& engine) {
 void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "One model's weights on one device.")
       .def(py::init(&make_engine), py::kw_only(), py::arg("decoder"), py::arg("memory"), py::arg("device") = "cpu",
-           py::arg("dtype") = "float32", py::arg("threads") = 0, py::arg("schedule") = "auto", py::arg("isa") = "")
+           py::arg("dtype") = "float32", py::arg("threads") = 0, py::arg("schedule") = "auto", py::arg("isa") = "",
+           py::arg("on_nonfinite") = "raise")
       .def("load_matrix", &load_matrix, py::arg("slot"), py::arg("layer"), py::arg("array"), py::arg("dtype"))
       .def("load_vector", &load_vector, py::arg("slot"), py::arg("layer"), py::arg("values"))
       .def("finish_loading", &Engine::finish_loading)

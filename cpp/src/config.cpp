@@ -32,6 +32,12 @@ void check_decoder(const DecoderConfig& d, Faults& faults) {
   faults.positive("n_kv_heads", d.n_kv_heads);
   faults.positive("head_dim", d.head_dim);
   faults.positive("d_ff", d.d_ff);
+  constexpr int64_t kWidest = (int64_t{1} << 31) - 1;
+  const auto small = [](int64_t value) { return value > 0 && value <= kWidest; };
+  if (small(d.n_heads) && small(d.n_kv_heads) && small(d.head_dim)) {
+    faults.require(d.n_heads + 2 * d.n_kv_heads <= kWidest / d.head_dim,
+                   "n_heads, n_kv_heads, head_dim: queries, keys and values of a row are more than 2^31 - 1 numbers");
+  }
   faults.require(d.n_layers <= 4096, "n_layers: found " + std::to_string(d.n_layers) + ", expected at most 4096");
   faults.require(d.n_kv_heads <= 0 || d.n_heads % d.n_kv_heads == 0, "n_heads: found " + std::to_string(d.n_heads) +
                                                                          ", expected a multiple of n_kv_heads " +

@@ -192,6 +192,10 @@ def test_bodies_have_limits() -> None:
         assert code_of(answer) == "body_too_large"
         feed = f"/v1/sessions/{session}/feed"
         assert code_of(server.post(feed, content=large, headers=JSON)) == "body_too_large"
+        both = [("Content-Type", "application/json"), ("Content-Type", "text/plain")]
+        for kinds in (both, both[::-1]):
+            answer = server.post(feed, content=b'{"text": "' + b"a" * 20_000, headers=kinds)
+            assert code_of(answer) == "body_too_large"
         assert server.feed(session, "word " * 9_000).status_code == 200
         before = server.get(f"/v1/sessions/{session}").json()["tokens"]
         text = {"Content-Type": "text/plain"}
@@ -245,9 +249,9 @@ def test_slow_clients_are_let_go() -> None:
 
 def test_a_client_that_does_not_read_is_dropped() -> None:
     limits = Settings(write_timeout=0.3, max_tokens=100_000)
-    with live(limits, model=babbler()) as server:
-        body = {"prompt": LONG[:20], "n": 8, "max_tokens": 50_000, "stream": True}
-        data = json.dumps({**body, "ignore_eos": True, "logprobs": 20}).encode()
+    with live(limits, model=babbler(), send_buffer=4096) as server:
+        body = {"prompt": LONG[:20], "n": 4, "max_tokens": 100_000, "stream": True}
+        data = json.dumps({**body, "ignore_eos": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -383,6 +387,9 @@ def test_too_much_at_once_is_refused_politely() -> None:
                 refused = server.post("/v1/completions", json=small, headers=other)
                 assert code_of(refused) == "overloaded"
                 assert server.get("/health").status_code == 200
+                assert server.get("/v1/sessions/x").status_code == 404
+                refused = server.get("/v1/sessions/x/save", headers=other)
+                assert code_of(refused) == "overloaded"
         assert server.idle()
         assert still_right(server)
 

@@ -27,6 +27,10 @@ struct DeviceError : Error {  // Python: RuntimeError
   using Error::Error;
 };
 
+struct NonFinite : Error {  // Python: FloatingPointError
+  using Error::Error;
+};
+
 struct OutOfMemory : Error {  // Python: MemoryError
   using Error::Error;
 };

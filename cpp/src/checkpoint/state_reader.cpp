@@ -31,8 +31,12 @@ FactValue read_value(Cursor& from, const std::string& name) {
       return from.signed_number();
     case FactKind::real:
       return std::bit_cast<double>(from.number<uint64_t>());
-    case FactKind::text:
-      return printable(from.text());
+    case FactKind::text: {
+      std::string text = from.text();
+      // No setting has such a text, and it might not fit into a fact when it is written again.
+      if (printable(text) != text) from.fail(name + ": found '" + printable(text) + "', expected a short word");
+      return text;
+    }
   }
   from.fail(name + ": kind of value " + std::to_string(kind) + " is unknown to this build");
 }

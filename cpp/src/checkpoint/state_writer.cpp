@@ -20,7 +20,8 @@ class Writer {
 
   int64_t size() const { return at_; }
   std::span<const uint8_t> from(int64_t begin) const {
-    return {out_ + begin, static_cast<size_t>(out_ ? at_ - begin : 0)};
+    if (!out_) return {};
+    return {out_ + begin, static_cast<size_t>(at_ - begin)};
   }
 
   void bytes(const void* from, size_t count) {

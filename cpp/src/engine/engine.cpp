@@ -46,7 +46,8 @@ std::vector<Required> required_tensors(const ModelConfig& config) {
 
 }  // namespace
 
-Engine::Engine(const ModelConfig& config, const EngineOptions& options) : config_(config), options_(options) {
+Engine::Engine(const ModelConfig& config, const EngineOptions& options)
+    : config_(config), options_(options), nonfinite_(options.on_nonfinite) {
   config_.validate();
   if (options_.backend.threads < 0 || options_.backend.threads > 1024) {
     throw InvalidArgument("threads: found " + std::to_string(options_.backend.threads) +
@@ -141,6 +142,11 @@ void Engine::run(std::span<Job> jobs, const RunHooks& hooks) {
     const int64_t in_flight = waves_in_flight(*backend_, config_, planner, options_.schedule);
     WorkspaceLease workspace(*this, in_flight, planner.max_wave_rows());
     run_in(*workspace, planner, in_flight, hooks);
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      const int64_t first = before[i].closed_segments;
+      if (jobs[i].state->closed_segments == first) continue;
+      nonfinite_.check_written(*backend_, config_, *jobs[i].state, first);
+    }
     for (const Job& job : jobs) {
       ++job.state->version;
       for (LayerState& layer : job.state->layers) {
@@ -192,6 +198,7 @@ void Engine::logits_of(std::span<const BlockRef> hidden, float* out) {
   const Rows& normed = (*workspace).normed;
   for (int64_t i = 0; i < count; ++i) backend_->load_rows(*hidden[i], 1, normed, i);
   backend_->logits(normed, 0, count, out);
+  check_finite({out, static_cast<size_t>(count * config_.decoder.vocab_size)}, "logits of the last token");
 }
 
 void Engine::greatest_of(std::span<const BlockRef> hidden, int32_t* tokens, float* logprobs) {
@@ -200,6 +207,7 @@ void Engine::greatest_of(std::span<const BlockRef> hidden, int32_t* tokens, floa
   const Rows& normed = (*workspace).normed;
   for (int64_t i = 0; i < count; ++i) backend_->load_rows(*hidden[i], 1, normed, i);
   backend_->greatest(normed, 0, count, tokens, logprobs);
+  check_finite({logprobs, static_cast<size_t>(count)}, "log probability of the likeliest token");
 }
 
 void Engine::count(std::span<const Job> jobs, std::span<const StreamState> before,
@@ -218,7 +226,9 @@ void Engine::count(std::span<const Job> jobs, std::span<const StreamState> befor
 
 EngineStats Engine::stats() const {
   std::lock_guard lock(stats_mutex_);
-  return stats_;
+  EngineStats stats = stats_;
+  stats.nonfinite = nonfinite_.seen();
+  return stats;
 }
 
 }  // namespace armt

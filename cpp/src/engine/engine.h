@@ -14,6 +14,7 @@
 #include "armt/config.h"
 #include "backend.h"
 #include "engine/fingerprint.h"
+#include "engine/nonfinite.h"
 #include "engine/plan.h"
 #include "engine/stream.h"
 #include "schedule/schedule.h"
@@ -23,6 +24,7 @@ namespace armt {
 struct EngineOptions {
   BackendOptions backend;
   Schedule schedule = Schedule::automatic;
+  OnNonfinite on_nonfinite = OnNonfinite::raise;
 };
 
 // Counters since the engine was made.
@@ -33,6 +35,7 @@ struct EngineStats {
   double seconds = 0;          // inside run()
   std::vector<double> recent;  // seconds of the last kRecentCalls calls, in no order
   double last = 0;             // seconds of the last one
+  int64_t nonfinite = 0;       // values found that are no finite numbers
   static constexpr int64_t kRecentCalls = 1024;
 };
 
@@ -71,6 +74,9 @@ class Engine {
   // Rejects ids outside the vocabulary, naming the first.
   void check_tokens(std::span<const int32_t> tokens) const;
 
+  // Of values that a caller will get.
+  void check_finite(std::span<const float> values, const char* what) { nonfinite_.check(values, what); }
+
   EngineStats stats() const;
 
  private:
@@ -86,6 +92,7 @@ class Engine {
   EngineOptions options_;
   std::unique_ptr<Backend> backend_;
   std::set<std::pair<int, int64_t>> loaded_;  // (matrix, or 100 + vector; layer)
+  NonfiniteWatch nonfinite_;
   Fingerprint weights_seen_;
   std::string fingerprint_;
   std::mutex workspace_mutex_;

@@ -140,6 +140,7 @@ void Session::score(std::span<const int32_t> tokens, bool write, double* out, co
     for (int64_t begin = 0; begin < item.tokens; begin += kScoreRows) {
       const int64_t count = std::min(kScoreRows, item.tokens - begin);
       engine_->backend().logits(item.normed, item.first + begin, count, logits.data());
+      engine_->check_finite({logits.data(), static_cast<size_t>(count * vocab)}, "logits of scored tokens");
       for (int64_t i = 0; i < count; ++i) {
         const int64_t next = item.token_begin + begin + i + 1;
         if (next == std::ssize(tokens)) break;
@@ -185,7 +186,9 @@ void run_calls(Engine& engine, std::span<Call> calls, const RunHooks& hooks) {
     const Call& call = calls[item.item.job - jobs.data()];
     if (call.logits == LogitsWanted::none || item.tokens == 0) return;
     const int64_t first = call.logits == LogitsWanted::all ? item.token_begin : 0;
-    engine.backend().logits(item.normed, item.first, item.tokens, call.logits_out + first * vocab);
+    float* const out = call.logits_out + first * vocab;
+    engine.backend().logits(item.normed, item.first, item.tokens, out);
+    engine.check_finite({out, static_cast<size_t>(item.tokens * vocab)}, "logits");
   };
   engine.run(jobs, with_logits);
   for (size_t i = 0; i < calls.size(); ++i) {

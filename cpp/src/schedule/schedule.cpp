@@ -32,34 +32,23 @@ void fly_at_once(Backend& backend, const ModelConfig& config, Workspace& workspa
   if (!flight.gathered.empty()) backend.gather(workspace.residual, flight.gathered, workspace.last);
 }
 
-}  // namespace
-
-namespace {
-
 // Values of a segment's rows below which a device is not full with one layer's.
 constexpr int64_t kDeviceCell = 6 * 1024 * 1024;
-// Values below which threads that share the operations of a cell wait for each other too often.
+// Values below which threads that share the operations of a cell wait for each other too often; whole cells side by
+// side do not. Large cells keep all threads busy, and so does their head, which would wait for the caller in a
+// pipeline.
 constexpr int64_t kSmallCell = 64 * 1024;
-// A pipeline of w workers idles for about w (w - 1) cells at its ends; whole cells gain a few percent over shared ones.
-constexpr int64_t kCellsToIdle = 30;
-
-// Whether `workers` threads should run whole cells side by side.
-bool pipeline_pays(int64_t workers, int64_t layers, int64_t waves, int64_t cell) {
-  if (workers == 1) return false;
-  if (cell < kSmallCell) return true;
-  return workers <= layers && waves * layers >= kCellsToIdle * workers * (workers - 1);
-}
 
 }  // namespace
 
 int64_t waves_in_flight(const Backend& backend, const ModelConfig& config, const Planner& planner, Schedule schedule) {
-  const int64_t layers = config.decoder.n_layers, waves = planner.waves(), workers = backend.workers();
+  const int64_t layers = config.decoder.n_layers, workers = backend.workers();
   // RMT's segments wait for each other: each begins with what the one before carried out of its last layer.
-  if (config.recurrent_tokens() || waves == 1 || schedule == Schedule::sequential) return 1;
+  if (config.recurrent_tokens() || planner.waves() == 1 || schedule == Schedule::sequential) return 1;
   if (schedule == Schedule::diagonal) return layers;
   const int64_t cell = planner.max_wave_rows() * config.decoder.d_model;
   if (workers == 0) return cell < kDeviceCell ? layers : 1;
-  return pipeline_pays(workers, layers, waves, cell) ? std::min(layers, workers + 1) : 1;
+  return workers > 1 && cell < kSmallCell ? layers : 1;
 }
 
 void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace, Planner& planner, int64_t in_flight,

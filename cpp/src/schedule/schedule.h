@@ -29,8 +29,8 @@ struct ScheduleHooks {
   std::function<void(int64_t tokens)> progressed;
 };
 
-// Waves in flight at once: 1 for the sequential schedule, up to n_layers for the diagonal one. `automatic` takes the one
-// that is faster for these sizes on this device.
+// Waves in flight at once: 1 for the sequential schedule, up to n_layers for the diagonal one. `automatic` takes the
+// one that is faster for these sizes on this device.
 int64_t waves_in_flight(const Backend& backend, const ModelConfig& config, const Planner& planner, Schedule schedule);
 
 // Runs all of the planner's waves through the layers. The workspace has at least `in_flight` slots of at least

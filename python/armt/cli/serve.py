@@ -95,6 +95,7 @@ def serve(
     listener = running.bind(host, port)
     engine = load_engine(model, device=device, dtype=dtype, threads=threads)
     app = create_app(engine, settings)
+    app.state.context.store.open()  # what is wrong with the folder is said before anything runs
     name, bound = app.state.context.model.name, listener.getsockname()[1]
     server = running.server_of(
         app, settings, ready=lambda: _announce(engine, settings, name, host, bound)

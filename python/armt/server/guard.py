@@ -25,6 +25,8 @@ OPEN = ("/", "/health", "/openapi.json")
 """Paths that need no key."""
 STREAMED = re.compile(r"/v1/sessions/[^/]*/(feed|load)")
 """Paths whose bodies are not held in memory, unless they are JSON."""
+WHOLE_STATES = re.compile(r"/v1/sessions/[^/]*/(save|memory)")
+"""Paths whose answers cost as much as work does."""
 DRAIN_SECONDS = 2.0
 
 
@@ -120,7 +122,9 @@ class Guard:
         visit.owner = owner or ""
         scope.setdefault("state", {})["owner"] = visit.owner
         scope["state"]["start"] = visit.start
-        is_json = b"json" in headers.get(b"content-type", b"").lower()
+        # Of several such headers the application may look at another one than we do.
+        kinds = [value.lower() for name, value in scope["headers"] if name == b"content-type"]
+        is_json = any(b"json" in kind for kind in kinds)
         visit.limit, visit.held = settings.max_body_bytes, True
         if (match := STREAMED.fullmatch(path)) and not is_json:
             feeding = match.group(1) == "feed"
@@ -129,7 +133,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if visit.limit and length.isdigit() and int(length[:20]) > visit.limit:
             raise too_large(visit.limit)
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" or WHOLE_STATES.fullmatch(path):
             self._admit(visit)
 
     def _admit(self, visit: Visit) -> None:

@@ -87,7 +87,12 @@ class Store:
     # -------------------------------------------------------------- start and end
 
     def open(self) -> None:
-        """Finds the sessions of an earlier run. Raises InvalidArgument if the folder is in use."""
+        """Finds the sessions of an earlier run; opening twice is fine.
+
+        Raises InvalidArgument if the folder cannot be used or another server uses it.
+        """
+        if self._folder is not None:
+            return
         wanted = self._settings.session_dir
         if wanted is None:
             self._folder = Path(tempfile.mkdtemp(prefix="armt-sessions-"))

@@ -1,0 +1,220 @@
+"""Tables and the plot of docs/performance.md, made from bench/results/*.json.
+
+    python bench/report.py [--check]
+
+Text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is replaced. ``--check`` changes
+nothing and fails if the page is not what the results say (the plot is not compared).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "assets" / "prefill.svg"
+
+MODELS = {"gpt2": "GPT-2 small", "retrieval": "retrieval", "1b": "1B"}
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def measured_on(environment: dict[str, Any]) -> str:
+    isa = environment["isa"][-1] if environment["isa"] else "unknown"
+    versions = environment["versions"]
+    return (
+        f"{environment['cpu']}, {environment['usable_cores']} cores, {isa}; "
+        f"torch {versions['torch']}; load of the machine {environment['load_1m']}; "
+        f"commit {environment['commit'][:7]}."
+    )
+
+
+def cpu_table() -> str:
+    found = load("cpu")
+    rows = []
+    for kind in ("prefill", "decode"):
+        for name, case in found["results"][kind].items():
+            if "logits=all" in name:
+                continue
+            model = MODELS[name.split()[0]]
+            for dtype, ratio in case["ratios"].items():
+                speed = [
+                    case["tokens"] / case["rates"][f"{who} {dtype}"]["median"]
+                    for who in ("engine", "torch")
+                ]
+                rows.append(
+                    [
+                        f"{model}, {kind}, {dtype}",
+                        f"{speed[0]:,.0f}",
+                        f"{speed[1]:,.0f}",
+                        f"{ratio['median']:.2f}",
+                        f"{ratio['spread']:.0%}",
+                    ]
+                )
+    head = ["", "engine, tokens/s", "PyTorch, tokens/s", "times faster", "spread"]
+    return table(head, rows) + "\n\n" + measured_on(found["environment"])
+
+
+def sessions_table() -> str:
+    found = load("cpu_sessions")
+    r = found["results"]
+    steps, restore = r["steps"], r["restore"]
+    rows = [
+        ["fork", f"{r['fork']['fork_seconds']['median'] * 1e6:.2f} us"],
+        ["checkpoint", f"{r['fork']['checkpoint_seconds']['median'] * 1e6:.2f} us"],
+        [
+            f"load a state of {restore['file_bytes'] / 1e6:.2f} MB",
+            f"{restore['load_seconds']['median'] * 1e3:.2f} ms",
+        ],
+        ["save it (with fsync)", f"{restore['save_seconds']['median'] * 1e3:.0f} ms"],
+        [
+            "restore, as a part of reading 100,000 tokens again",
+            f"{restore['restore_part_of_reading']['median']:.2%}",
+        ],
+        [
+            f"step of {steps['segment_tokens']} tokens over {steps['stream_tokens'] / 1e6:.1f} M "
+            "tokens, p50 / p99",
+            f"{steps['step']['p50'] * 1e3:.2f} / {steps['step']['p99'] * 1e3:.2f} ms",
+        ],
+        [
+            "generated token, p50 / p99",
+            f"{steps['generated_token']['p50'] * 1e3:.2f} / "
+            f"{steps['generated_token']['p99'] * 1e3:.2f} ms",
+        ],
+    ]
+    return table(["", "median"], rows) + "\n\n" + measured_on(found["environment"])
+
+
+def server_table() -> str:
+    found = load("server_load")
+    r = found["results"]
+    first = r["first_token_seconds"]
+    rows = [
+        ["conversations played", f"{r['scripts_played']:,}"],
+        ["wrong answers", str(r["wrong_answers"])],
+        ["errors", str(sum(r["errors"].values()))],
+        [
+            "time to first token, p50 / p99",
+            f"{first['p50'] * 1e3:.0f} / {first['p99'] * 1e3:.0f} ms",
+        ],
+        ["throughput, of the engine's own on the same work", f"{r['mixed_share_of_engine']:.0%}"],
+    ]
+    head = [f"{r['clients']} clients, {r['seconds']:.0f} s", ""]
+    return table(head, rows) + "\n\n" + measured_on(found["environment"])
+
+
+def gpu_rows(kind: str) -> list[dict[str, Any]]:
+    return [row for row in load("h200")["rows"] if row["kind"] == kind]
+
+
+def gpu_about() -> str:
+    found = load("h200")
+    return f"{found['device']}; {found['dtype']}; commit {found['commit'][:7]}."
+
+
+def prefill_table() -> str:
+    rows = [
+        [
+            f"{MODELS[r['geometry']]}, segment {r['segment']}, {r['schedule']}",
+            f"{r['tokens']:,}",
+            f"{r['median_s'] * 1e3:,.1f} ms",
+            f"{r['floor_s'] * 1e3:,.1f} ms",
+            f"{r['over_floor']:.2f}",
+            f"{r['tokens'] / r['median_s']:,.0f}",
+        ]
+        for r in gpu_rows("prefill")
+    ]
+    head = ["", "tokens", "time", "floor", "over the floor", "tokens/s"]
+    return table(head, rows) + "\n\n" + gpu_about()
+
+
+def gpu_sessions_table() -> str:
+    rows = [
+        [f"{MODELS[r['geometry']]}, one stream, greedy", f"{r['tokens_per_s']:,.0f}"]
+        for r in gpu_rows("decode")
+    ]
+    rows += [
+        [
+            f"{MODELS[r['geometry']]}, {r['sessions']} sessions stepping together",
+            f"{r['tokens_per_s']:,.0f}",
+        ]
+        for r in gpu_rows("sessions")
+    ]
+    return table(["", "tokens/s"], rows) + "\n\n" + gpu_about()
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "cpu": cpu_table,
+    "sessions": sessions_table,
+    "server": server_table,
+    "gpu-prefill": prefill_table,
+    "gpu-sessions": gpu_sessions_table,
+}
+
+
+def filled(page: str) -> str:
+    for name, make in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(page):
+            raise SystemExit(f"{PAGE}: no place for {name}")
+        text = make()
+        page = pattern.sub(lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", page)
+    return page
+
+
+def draw() -> None:
+    """Time of a prefill over its floor, by length."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "armt"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name in ("1b", "gpt2"):
+        rows = [
+            r for r in gpu_rows("prefill") if r["geometry"] == name and r["schedule"] == "diagonal"
+        ]
+        axes.plot(
+            [r["tokens"] for r in rows], [r["over_floor"] for r in rows], "o-", label=MODELS[name]
+        )
+    axes.axhline(1.0, color="0.6", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("time over the floor")
+    axes.legend()
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    before = PAGE.read_text()
+    after = filled(before)
+    if check:
+        sys.exit(
+            0 if after == before else f"{PAGE}: not what bench/results says; run bench/report.py"
+        )
+    PAGE.write_text(after)
+    draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training small models from scratch with PyTorch (extra "torch"): plain and readable."""
