@@ -173,7 +173,7 @@ void bind_session(py::module_& m) {
           },
           py::arg("progress") = py::none())
       .def("reset", &Session::reset)
-      .def("close", &Session::close)
+      .def("close", &Session::close, py::arg("wipe") = false)
       .def("fork", [](const Session& session) { return std::shared_ptr<Session>(session.fork()); })
       .def("set_seed", &Session::set_seed, py::arg("seed"))
       .def("snapshot", [](const Session& session) { return PyState(session.snapshot()); })

@@ -19,7 +19,7 @@ std::atomic<int64_t> left{0};
 What kind = What::allocation;
 
 bool fails(bool file) {
-  if (!armed.load(std::memory_order_acquire)) return false;
+  if (!armed.load(std::memory_order_acquire) || kind == What::stuttering) return false;
   if (file != (kind == What::file || kind == What::full)) return false;
   const int64_t before = left.fetch_sub(1);
   if (before > 0 || (before < 0 && kind != What::allocations)) return false;

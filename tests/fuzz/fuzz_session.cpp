@@ -14,7 +14,7 @@ using fuzz::Bytes;
 using fuzz::require;
 
 constexpr size_t kMostSessions = 4;
-constexpr size_t kMostEvents = 96;  // of one stream; replaying them is what an input costs
+constexpr size_t kMostEvents = 48;  // of one stream; replaying them is what an input costs
 constexpr int32_t kClose = -1;
 
 struct Event {
@@ -52,7 +52,7 @@ class Run {
   }
 
   void go() {
-    for (int step = 0; step < 40 && !in_.empty() && !streams_.empty(); ++step) one();
+    for (int step = 0; step < 24 && !in_.empty() && !streams_.empty(); ++step) one();
     for (Stream& stream : streams_) check(stream);
   }
 

@@ -20,7 +20,7 @@ from armt.cli.app import run
 from armt.cli.output import one_line, size, whole_file
 from armt.demo.story import material
 
-COMMANDS = ("demo", "run", "info", "convert", "bench", "serve", "eval")
+COMMANDS = ("demo", "run", "info", "convert", "bench", "serve", "eval", "train")
 EVALUATIONS = ("retrieval", "babilong", "perplexity")
 ARMT = [sys.executable, "-m", "armt.cli"]
 Invoke = Callable[..., tuple[int, str, str]]

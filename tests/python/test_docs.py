@@ -55,9 +55,16 @@ def prepare_formats(folder: Path) -> dict[str, Any]:
     return {"armt": __import__("armt")}
 
 
+def prepare_training(folder: Path) -> dict[str, Any]:
+    """Nothing but PyTorch."""
+    pytest.importorskip("torch", reason='training needs the extra "torch"')
+    return {}
+
+
 PREPARE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "guide.md": prepare_guide,
     "formats.md": prepare_formats,
+    "training.md": prepare_training,
 }
 
 
@@ -81,6 +88,8 @@ def test_shell_blocks_run(page: Path, tmp_path: Path) -> None:
         pytest.skip("no bash")
     if found:
         pytest.importorskip("tokenizers", reason='needs the extra "text"')
+    if any("armt train" in code for _, code in found):
+        pytest.importorskip("torch", reason='training needs the extra "torch"')
     tool = tmp_path / "bin" / "armt"
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m armt.cli "$@"\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -23,6 +24,8 @@ ray = pytest.importorskip("ray", reason='needs the extra "ray"')
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason='needs the extra "ray"')
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale-out.md"
+BLOCK = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IDS = np.random.default_rng(5).integers(3, 4000, 100_000).tolist()
 
 
@@ -170,3 +173,16 @@ def test_many_sessions_at_the_same_time(client: Any, engine: armt.Engine) -> Non
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_the_documentation(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of docs/scale-out.md, at the port of these tests; they replace the application."""
+    monkeypatch.chdir(tmp_path)
+    serving, asking = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    exec(serving, names)
+    exec(asking.replace("http://127.0.0.1:8000", str(client.base_url)), names)
+    assert capsys.readouterr().out.strip().endswith("] 2")
+    assert len(FolderStore("sessions").ids()) == 1

@@ -143,7 +143,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     store.put("a", b"data" * 100, expected=0)
     (file,) = tmp_path.glob("*.armt-session")
     whole = file.read_bytes()
-    for broken in (b"", b"{", whole[:-1], whole + b"x", whole[:-5] + b"X" + whole[-4:], b"[" * 5000):
+    for broken in (
+        b"",
+        b"{",
+        whole[:-1],
+        whole + b"x",
+        whole[:-5] + b"X" + whole[-4:],
+        b"[" * 5000,
+    ):
         file.write_bytes(broken)
         with pytest.raises(armt.StateError, match="damaged"):
             store.get("a")
@@ -173,7 +180,7 @@ def test_a_held_lock_ends_in_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(armt.InvalidArgument, match="store: .*file"):
+    with pytest.raises(armt.InvalidArgument, match=r"store: .*file"):
         FolderStore(tmp_path / "file")
 
 

@@ -96,7 +96,6 @@ class CpuBackend : public Backend {
   Buffer positions_, memory_, sink_;  // float32, row-major
   bool poison_ = false;
 
-  // ---- attention, rotary, association: private members and helpers, begin
   float score_scale(int64_t layer) const;
   // [RMS norm with weights `norm`, unless null] and rotation of `heads` heads that lie one after
   // another, in place.
@@ -105,7 +104,6 @@ class CpuBackend : public Backend {
   void store_rows(const Group& group, const Cell& cell, const Rows& qkv, int64_t begin, int64_t count);
 
   const RotaryTable rotary_{config_};
-  // ---- attention, rotary, association: end
 };
 
 }  // namespace armt::cpu

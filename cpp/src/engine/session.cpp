@@ -98,13 +98,14 @@ void Session::rollback(const Snapshot& snapshot) {
         "rollback: the checkpoint belongs to another session; to continue from it, make a session with "
         "engine.session(state=...)");
   }
-  const uint64_t version = state_.version;
-  state_ = snapshot.state;
-  state_.version = version + 1;
+  StreamState state = snapshot.state;  // copied before anything changes: the copy may find no memory
+  state.version = state_.version + 1;
+  state_ = std::move(state);
 }
 
-void Session::close() {
+void Session::close(bool wipe) {
   SessionLock lock(*this);
+  if (wipe) wipe_stream(engine_->backend(), state_);
   state_ = make_stream(engine_->config());
   closed_.store(true);
 }
@@ -149,13 +150,13 @@ void Session::score(std::span<const int32_t> tokens, bool write, double* out, co
       }
     }
   };
-  const StreamState before = state_;
+  StreamState before = state_;
   Job job;
   job.state = &state_;
   job.tokens = tokens;
   job.logits = LogitsWanted::all;
   engine_->run({&job, 1}, scoring);
-  if (!write) state_ = before;
+  if (!write) state_ = std::move(before);
 }
 
 void run_calls(Engine& engine, std::span<Call> calls, const RunHooks& hooks) {
@@ -218,16 +219,19 @@ std::vector<Choice> choose_tokens(std::span<Session* const> sessions, std::span<
   const int64_t vocab = engine.config().decoder.vocab_size;
   std::vector<float> logits(sessions.size() * vocab);
   engine.logits_of(hidden, logits.data());
+  std::vector<SamplerState> samplers;  // counted in the sessions when all draws are done: all or nothing
+  for (const Session* session : sessions) samplers.push_back(session->state_.sampler);
   for (size_t i = 0; i < sessions.size(); ++i) {
-    StreamState& state = sessions[i]->state_;
+    const StreamState& state = sessions[i]->state_;
     std::vector<int32_t> seen;
     if (params[i].repetition_penalty != 1.0) {
       seen = state.previous_tokens;
       seen.insert(seen.end(), state.open_tokens.begin(), state.open_tokens.end());
     }
     const std::span<const float> row(logits.data() + i * vocab, vocab);
-    choices.push_back(choose_token(row, params[i], seen, state.sampler));
+    choices.push_back(choose_token(row, params[i], seen, samplers[i]));
   }
+  for (size_t i = 0; i < sessions.size(); ++i) sessions[i]->state_.sampler = samplers[i];
   return choices;
 }
 

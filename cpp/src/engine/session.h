@@ -50,8 +50,8 @@ class Session {
   std::unique_ptr<Session> fork() const;
   Snapshot snapshot() const;
   void rollback(const Snapshot& snapshot);  // StateError unless it is a checkpoint of this session
-  // Frees the stream; every later use is a StateError.
-  void close();
+  // Frees the stream, with `wipe` overwritten first; every later use is a StateError.
+  void close(bool wipe = false);
   bool closed() const { return closed_.load(); }
   void set_seed(uint64_t seed);
   void last_logits(float* out) const;  // [vocab], of the last token read; InvalidArgument before the first

@@ -72,6 +72,30 @@ BlockRef writable_memory(Backend& backend, const ModelConfig& config, const Asso
   return backend.allocate(association_bytes(config));
 }
 
+void wipe_stream(Backend& backend, StreamState& state) {
+  const std::vector<uint8_t> zeros(size_t{1} << 16);
+  const auto wipe = [&](const BlockRef& block) {
+    if (!block || block.use_count() > 1) return;
+    for (int64_t at = 0; at < block->bytes; at += std::ssize(zeros)) {
+      backend.upload(*block, at, zeros.data(), std::min(std::ssize(zeros), block->bytes - at));
+    }
+  };
+  for (LayerState& layer : state.layers) {
+    wipe(layer.memory.block);
+    for (const KvCache* cache : {&layer.current, &layer.previous}) {
+      for (const std::shared_ptr<KvPage>& page : cache->pages) {
+        if (page.use_count() == 1) wipe(page->block);
+      }
+    }
+  }
+  wipe(state.carried);
+  wipe(state.last_hidden);
+  for (std::vector<int32_t>* ids : {&state.open_tokens, &state.previous_tokens}) {
+    // Volatile: a store into memory that is freed next may be left out otherwise.
+    for (volatile int32_t& id : *ids) id = 0;
+  }
+}
+
 int64_t state_bytes(const Backend& backend, const StreamState& state) {
   int64_t bytes = 0;
   for (const LayerState& layer : state.layers) {

@@ -46,6 +46,10 @@ BlockRef writable_memory(Backend& backend, const ModelConfig& config, const Asso
 // Bytes of one layer's association block: A [h, F, E], z [h, F], statistics.
 int64_t association_bytes(const ModelConfig& config);
 
+// Overwrites with zeros what this state alone holds: memory, keys and values, hidden rows, token ids. Parts that a fork
+// or checkpoint shares stay as they are.
+void wipe_stream(Backend& backend, StreamState& state);
+
 // Device bytes that this state holds, shared or not.
 int64_t state_bytes(const Backend& backend, const StreamState& state);
 

@@ -99,7 +99,7 @@ def _hugging_face(config: Mapping[str, Any], overrides: Mapping[str, Any], where
         base_model=base,
         armt=settings | _memory_overrides(overrides),
         bare=False,
-        cell_prefix=overrides.get("cell_prefix"),
+        cell_prefix=_prefix(overrides.get("cell_prefix"), where),
         lora=_lora({}, overrides),
         token_ids={**token_ids_of(base), **token_ids_of(config)},
     )
@@ -127,7 +127,7 @@ def _bare(config: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -
         base_model=base,
         armt={**settings, **_memory_overrides(overrides)},
         bare=True,
-        cell_prefix=overrides.get("cell_prefix", weights.get("cell_prefix")),
+        cell_prefix=_prefix(overrides.get("cell_prefix", weights.get("cell_prefix")), where),
         lora=_lora(_section(weights, "lora", where) or {}, overrides),
         token_ids={**token_ids_of(base), **token_ids_of(config)},
     )
@@ -139,6 +139,12 @@ def _section(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
         raise CheckpointError(
             f"{where}: {name}: found {type(value).__name__}, expected a JSON object"
         )
+    return value
+
+
+def _prefix(value: Any, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{where}: cell_prefix: found {type(value).__name__}, expected text")
     return value
 
 

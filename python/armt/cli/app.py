@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from armt.cli import bench, convert, demo, evaluate, info, serve
+from armt.cli import bench, convert, demo, evaluate, info, serve, train
 from armt.cli import run as run_text
 from armt.cli.output import one_line, print_error
 
@@ -31,6 +31,7 @@ app.command("convert", short_help="Writes a checkpoint in this project's form.")
 app.command("bench", short_help="Measures tokens a second.")(bench.bench)
 app.command("serve", short_help="Serves a model over HTTP.")(serve.serve)
 app.add_typer(evaluate.app, name="eval", short_help="Measures what a model remembers.")
+app.add_typer(train.app, name="train", short_help="Trains a small model from scratch.")
 
 
 def _version(wanted: bool) -> None:

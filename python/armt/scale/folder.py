@@ -136,20 +136,17 @@ class FolderStore:
     def _header(self, file: IO[bytes], session_id: str | None) -> dict[str, Any]:
         """The first line, checked; the file then stands at the data."""
         try:
-            found = json.loads(file.readline(LONGEST_HEADER))
+            found: Any = json.loads(file.readline(LONGEST_HEADER))
         except (ValueError, RecursionError):
             found = None
-        whole = isinstance(found, dict) and all(
-            type(found.get(name)) is kind
-            for name, kind in (("id", str), ("version", int), ("bytes", int), ("crc", int))
-        )
-        if not whole or found["format"] != FORMAT or found["id"] != (session_id or found["id"]):
+        if not _is_header(found) or found["id"] != (session_id or found["id"]):
             raise StateError(
                 f"{getattr(file, 'name', 'session file')}: found no header of {FORMAT}"
                 + (f" for session {session_id}" if session_id else "")
                 + "; it is damaged or of another program"
             )
-        return found
+        header: dict[str, Any] = found
+        return header
 
     @contextlib.contextmanager
     def _locked(self, target: Path) -> Iterator[None]:
@@ -188,3 +185,12 @@ class FolderStore:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _is_header(found: Any) -> bool:
+    kinds = {"format": str, "id": str, "version": int, "bytes": int, "crc": int}
+    return (
+        isinstance(found, dict)
+        and all(type(found.get(name)) is kind for name, kind in kinds.items())
+        and found["format"] == FORMAT
+    )

@@ -165,7 +165,11 @@ api = FastAPI(title="armt", docs_url=None, redoc_url=None)
 RequestKey = Annotated[str, Header(alias="Idempotency-Key", max_length=256)]
 
 
-@serve.ingress(api)
+def _unique(key: str) -> str:
+    return key or secrets.token_hex(16)
+
+
+@serve.ingress(api)  # carries along what is defined above it
 class Routes(Ingress):
     """What there is over HTTP."""
 
@@ -198,10 +202,6 @@ class Routes(Ingress):
     ) -> Answer:
         """Goes on from the session; it is changed only where ``write`` is set."""
         return await self.send("generate", session_id, _unique(key), body.model_dump(), response)
-
-
-def _unique(key: str) -> str:
-    return key or secrets.token_hex(16)
 
 
 def application(

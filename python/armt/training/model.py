@@ -7,7 +7,6 @@ features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -80,7 +79,7 @@ class Shape:
 
 
 def features(x: Tensor) -> Tensor:
-    """[..., d] -> [..., 6 d]: products of the rectified values with themselves, rolled by 1 .. 3."""
+    """[..., d] -> [..., 6 d]: products of the rectified values with their rolls by 1 .. 3."""
     u = torch.cat((x.relu(), (-x).relu()), dim=-1)
     return torch.cat([u * u.roll(j, dims=-1) for j in range(1, ROLLS + 1)], dim=-1)
 
@@ -256,7 +255,7 @@ class Armt(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, State]:
         """tokens [B, N] cut into segments from the left -> logits [B, N, V], the last state."""
         state, logits = self.empty(), []
-        for part in tokens.split(self.shape.segment_size, dim=1):
+        for part in torch.split(tokens, self.shape.segment_size, dim=1):
             out, _, state = self.segment(part, state)
             logits.append(out)
         return torch.cat(logits, dim=1), state
@@ -279,11 +278,10 @@ class Armt(nn.Module):
         return logits
 
 
-def _who_sees_whom(
-    rows: int, questions: int, length: int, *, device: torch.device
-) -> Tensor:
+def _who_sees_whom(rows: int, questions: int, length: int, *, device: torch.device) -> Tensor:
     """[R, R] bool: the segment's rows in order, and each question by itself."""
-    blocks: Sequence[int] = [rows, *[length] * questions]
-    return torch.block_diag(
-        *[torch.ones(n, n, device=device).tril() for n in blocks if n]
-    ).bool()
+    visible = torch.zeros(rows + questions * length, rows + questions * length, device=device)
+    visible[:rows, :rows] = 1
+    for start in range(rows, len(visible), length or 1):
+        visible[start : start + length, start : start + length] = 1
+    return visible.tril().bool()

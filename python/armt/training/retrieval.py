@@ -183,7 +183,9 @@ def _keys(plan: Plan, count: int, rng: np.random.Generator) -> Ids:
 
 def _question(layout: Layout, keys: Ids) -> Ids:
     """[B, Q] keys as [B, Q, key symbols + 1] token ids."""
-    digits = layout.digits(keys.reshape(-1).astype(np.int32)).reshape(*keys.shape, layout.key_symbols)
+    digits = layout.digits(keys.reshape(-1).astype(np.int32)).reshape(
+        *keys.shape, layout.key_symbols
+    )
     gen = np.full((*keys.shape, 1), layout.gen)
     return np.concatenate([digits, gen], axis=-1).astype(np.int64)
 
@@ -250,7 +252,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), plan.clip)
         self._optimizer.step()
         report = Report(
-            standing.step, batch.pairs.shape[1], float(loss), right, batch.pairs.numel()
+            standing.step, batch.pairs.shape[1], float(loss.detach()), right, batch.pairs.numel()
         )
         standing.advance(plan, right)
         return report
