@@ -4,7 +4,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from armt._core import State
 from armt.engine import Engine, ForwardOutput
-from armt.errors import CheckpointError, DeviceError, InvalidArgument, OutOfMemory, StateError
+from armt.errors import (
+    CheckpointError,
+    DeviceError,
+    InvalidArgument,
+    NonFiniteError,
+    OutOfMemory,
+    StateError,
+)
 from armt.session import Generation, Session, StepOutput
 
 try:
@@ -19,6 +26,7 @@ __all__ = [
     "ForwardOutput",
     "Generation",
     "InvalidArgument",
+    "NonFiniteError",
     "OutOfMemory",
     "Session",
     "State",

@@ -28,6 +28,7 @@ from armt.session import (
 
 DType: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule: TypeAlias = Literal["auto", "sequential", "diagonal"]
+OnNonfinite: TypeAlias = Literal["raise", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Engine:
         threads: int = 0,
         schedule: Schedule = "auto",
         isa: str = "",
+        on_nonfinite: OnNonfinite = "raise",
         adapter: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> Engine:
@@ -67,13 +69,21 @@ class Engine:
         is that of the weights; "auto" keeps bfloat16 weights and makes all others float32; state
         and CPU arithmetic are float32 always. ``threads=0`` uses all cores. ``isa`` forces a CPU
         instruction set ("baseline", "avx2", "avx512"). ``adapter`` is a separate LoRA folder.
+        ``on_nonfinite="raise"`` turns infinities and NaNs that a call wrote or is about to hand out
+        into a NonFiniteError; "ignore" only counts them (``stats()["nonfinite"]``).
         ``overrides`` give facts that a bare state dict lacks (``dialect=``, ``segment_size=`` ...).
 
         Raises CheckpointError for anything wrong with the files, DeviceError for the device.
         """
         checkpoint = load_checkpoint(place(path), adapter=adapter, **overrides)
         return cls.from_checkpoint(
-            checkpoint, device=device, dtype=dtype, threads=threads, schedule=schedule, isa=isa
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            schedule=schedule,
+            isa=isa,
+            on_nonfinite=on_nonfinite,
         )
 
     @classmethod
@@ -86,6 +96,7 @@ class Engine:
         threads: int = 0,
         schedule: Schedule = "auto",
         isa: str = "",
+        on_nonfinite: OnNonfinite = "raise",
     ) -> Engine:
         """An engine over a checkpoint that :func:`load_checkpoint` has read; options as for
         :meth:`from_pretrained`."""
@@ -101,6 +112,7 @@ class Engine:
             threads=threads,
             schedule=schedule,
             isa=isa,
+            on_nonfinite=on_nonfinite,
         )
         for tensor in checkpoint.tensors():
             if tensor.array.ndim == 2:
@@ -147,7 +159,8 @@ class Engine:
 
         ``call_seconds`` has last, p50, p99 and greatest of the last 1,024 calls that read tokens (a
         step, feed or generated token each); ``state_bytes`` what all live states hold on the
-        device, shared parts once; ``weight_bytes`` the weights.
+        device, shared parts once; ``weight_bytes`` the weights; ``nonfinite`` how many infinities
+        and NaNs were found so far.
         """
         return self._core.stats()
 

@@ -284,10 +284,15 @@ class Session:
         """Forgets everything: an empty memory and no open segment."""
         self._core.reset()
 
-    def close(self) -> None:
-        """Frees the state; any later use raises StateError. Closing twice is fine."""
+    def close(self, *, wipe: bool = False) -> None:
+        """Frees the state; any later use raises StateError. Closing twice is fine.
+
+        ``wipe=True`` overwrites it with zeros first, as far as no fork or checkpoint shares it.
+        Copies that a caller took (bytes, logits) and scratch memory of the engine, which the next
+        call overwrites, are not its business.
+        """
         if not self._core.closed:
-            self._core.close()
+            self._core.close(wipe)
 
     def __enter__(self) -> Session:
         return self

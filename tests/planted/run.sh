@@ -35,8 +35,8 @@ fuzz() {  # target
 threads() {
   cmake -S . -B "$build/thread" -DARMT_CUDA=OFF -DCMAKE_BUILD_TYPE=None -DARMT_BUILD_TESTS=ON -DARMT_SANITIZE=thread \
     -DCMAKE_CXX_FLAGS=-O1 -DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON >/dev/null
-  cmake --build "$build/thread" --parallel "$(nproc)" --target schedule_test >"$build/log.build" 2>&1 || { tail "$build/log.build"; exit 2; }
-  TSAN_OPTIONS=halt_on_error=1 "$build/thread/tests/cpp/schedule_test"
+  cmake --build "$build/thread" --parallel "$(nproc)" --target session_test >"$build/log.build" 2>&1 || { tail "$build/log.build"; exit 2; }
+  TSAN_OPTIONS=halt_on_error=1 "$build/thread/tests/cpp/session_test"
 }
 
 status=0

@@ -26,6 +26,13 @@ pytest.importorskip("fastapi", reason='needs the extra "ray"')
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale-out.md"
 BLOCK = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    # A busy machine starts processes slowly.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+}
 IDS = np.random.default_rng(5).integers(3, 4000, 100_000).tolist()
 
 
@@ -46,6 +53,7 @@ def client(store: FolderStore, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
     from armt.scale.ray_app import application
 
+    os.environ.update(SETTINGS)  # the processes of Ray inherit them
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

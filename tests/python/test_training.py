@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,11 @@ SMALL = Plan(
     memory_tokens=2,
     d_mem=8,
 )
-LOGITS = {"rtol": 1e-4, "atol": 2e-4}
-MEMORY = {"rtol": 1e-4, "atol": 2e-4}
+SLACK = 8
+"""Our error against float64, in PyTorch's own float32 errors: random tokens meet small
+denominators, which make more of any rounding."""
+LARGEST = 1e-3
+"""Of the largest value."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,19 +74,29 @@ def exported(trainer: Trainer, folder: Path) -> armt.Engine:
     return armt.Engine.from_pretrained(folder, device="cpu", dtype="float32", threads=1)
 
 
+def assert_close(found: Any, single: Any, exact: Any) -> None:
+    """``found`` is as near to float64 as PyTorch's own float32 is, within a small factor."""
+    scale = float(exact.abs().max())
+    error = float(np.abs(found - exact.numpy()).max())
+    own = float((single.double() - exact).abs().max())
+    assert error <= 1e-5 * scale + SLACK * own, (error, own, scale)
+    assert error <= LARGEST * scale, (error, scale)
+
+
 def assert_agreement(model: Armt, engine: armt.Engine, tokens: int, seed: int = 0) -> None:
     """Logits of all tokens, and A and z of all layers."""
     ids = np.random.default_rng(seed).integers(0, model.shape.vocab_size, (2, tokens))
     with torch.no_grad():
         logits, states = model(torch.from_numpy(ids))
+        exact, exact_states = deepcopy(model).double()(torch.from_numpy(ids))
     found = engine.forward(ids)
-    np.testing.assert_allclose(found.logits, logits.numpy(), **LOGITS)
+    assert_close(found.logits, logits, exact)
     for row, state in enumerate(found.states):
-        for layer, memory in enumerate(states):
-            assert memory is not None
-            a, z = state.memory(layer)
-            np.testing.assert_allclose(a[0], memory[0][row].numpy(), **MEMORY)
-            np.testing.assert_allclose(z[0], memory[1][row].numpy(), **MEMORY)
+        for layer, memory in enumerate(zip(states, exact_states, strict=True)):
+            single, double = memory
+            assert single is not None and double is not None
+            for mine, one, other in zip(state.memory(layer), single, double, strict=True):
+                assert_close(mine[0], one[row], other[row])
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 17, 60])
@@ -133,7 +147,7 @@ def test_questions_leave_no_trace_and_see_the_memory_before(
         for i, question in enumerate(asked[0]):
             found = session.feed(question.numpy(), logits="last", write=False).logits
             assert found is not None and answers is not None
-            np.testing.assert_allclose(found, answers[0, i, -1].numpy(), **LOGITS)
+            np.testing.assert_allclose(found, answers[0, i, -1].numpy(), rtol=1e-4, atol=1e-3)
         session.step(tokens[0].numpy())
 
 
@@ -171,7 +185,7 @@ def test_the_loss_falls(trained: tuple[Trainer, list[Any]]) -> None:
     assert np.mean([r.accuracy for r in reports[-5:]]) > 2 / 16  # a guess has odds of 1 in 16
 
 
-def test_the_gradient_reaches_every_weight_but_the_last_layers_memory() -> None:
+def test_the_gradient_reaches_every_weight() -> None:
     trainer = Trainer(SMALL)
     batch = make_batch(SMALL, 2, np.random.default_rng(0))
     loss, _ = losses(trainer.model, batch)

@@ -39,6 +39,8 @@ void NonfiniteWatch::check(std::span<const float> values, const char* what) {
   if (const int64_t count = count_nonfinite(values); count > 0) report(count, what);
 }
 
+// What is no number in one layer's rows is none in the layers above, so the last layer's statistics speak for all; the
+// others are fetched only to name the layer.
 void NonfiniteWatch::check_written(Backend& backend, const ModelConfig& config, const StreamState& state,
                                    int64_t first) {
   const auto where = [&](const std::string& part) {
@@ -46,15 +48,22 @@ void NonfiniteWatch::check_written(Backend& backend, const ModelConfig& config, 
     return (first < last ? "segments " + std::to_string(first) + " .. " : "segment ") + std::to_string(last) + ", " +
            part;
   };
-  for (size_t layer = 0; layer < state.layers.size(); ++layer) {
-    const Association& memory = state.layers[layer].memory;
-    if (!memory.written()) continue;
+  const auto in_statistics = [&](const LayerState& layer) {
     std::array<float, kWriteStats> statistics{};
     constexpr int64_t kBytes = kWriteStats * kFloat;
-    backend.download(*memory.block, association_bytes(config) - kBytes, statistics.data(), kBytes);
-    if (const int64_t count = count_nonfinite(statistics); count > 0) {
-      report(count, where("layer " + std::to_string(layer) + ", statistics of the memory's write"));
+    if (layer.memory.written()) {
+      backend.download(*layer.memory.block, association_bytes(config) - kBytes, statistics.data(), kBytes);
     }
+    return count_nonfinite(statistics);
+  };
+  if (in_statistics(state.layers.back()) > 0) {
+    int64_t count = 0, lowest = -1;
+    for (size_t layer = 0; layer < state.layers.size(); ++layer) {
+      const int64_t here = in_statistics(state.layers[layer]);
+      if (here > 0 && lowest < 0) lowest = static_cast<int64_t>(layer);
+      count += here;
+    }
+    report(count, where("layer " + std::to_string(lowest) + " and above, statistics of the memory's write"));
   }
   if (state.carried) report(count_in(backend, *state.carried), where("after the last layer, memory tokens"));
   if (state.last_hidden) report(count_in(backend, *state.last_hidden), where("after the last layer, hidden row"));

@@ -24,7 +24,7 @@ class NonfiniteWatch {
   int64_t seen() const { return seen_.load(std::memory_order_relaxed); }
   // `what` heads the message: "logits of the last token".
   void check(std::span<const float> values, const char* what);
-  // After a call that closed segments first .. state.closed_segments - 1: each layer's statistics of its last write,
+  // After a call that closed segments first .. state.closed_segments - 1: the statistics of the memories' last write,
   // RMT's memory and the last token's hidden row. A write can overflow in a value that its statistics do not show; what
   // it poisoned is in the next segment's.
   void check_written(Backend& backend, const ModelConfig& config, const StreamState& state, int64_t first);

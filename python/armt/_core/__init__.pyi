@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import typing
 from . import testing
-__all__: list[str] = ['CheckpointError', 'DeviceError', 'Engine', 'InvalidArgument', 'OutOfMemory', 'SafetensorsFile', 'SamplingParams', 'Session', 'State', 'StateError', 'choose', 'cuda_device_count', 'forward', 'run_many', 'testing', 'uniform']
+__all__: list[str] = ['CheckpointError', 'DeviceError', 'Engine', 'InvalidArgument', 'NonFiniteError', 'OutOfMemory', 'SafetensorsFile', 'SamplingParams', 'Session', 'State', 'StateError', 'choose', 'cuda_device_count', 'forward', 'run_many', 'testing', 'uniform']
 class InvalidArgument(ValueError):
     pass
 class CheckpointError(ValueError):
@@ -15,6 +15,8 @@ class CheckpointError(ValueError):
 class StateError(ValueError):
     pass
 class DeviceError(RuntimeError):
+    pass
+class NonFiniteError(FloatingPointError):
     pass
 class OutOfMemory(MemoryError):
     pass
@@ -127,7 +129,7 @@ class Engine:
     """
     One model's weights on one device.
     """
-    def __init__(self, *, decoder: dict, memory: dict, device: str = 'cpu', dtype: str = 'float32', threads: typing.SupportsInt | typing.SupportsIndex = 0, schedule: str = 'auto', isa: str = '') -> None:
+    def __init__(self, *, decoder: dict, memory: dict, device: str = 'cpu', dtype: str = 'float32', threads: typing.SupportsInt | typing.SupportsIndex = 0, schedule: str = 'auto', isa: str = '', on_nonfinite: str = 'raise') -> None:
         ...
     def finish_loading(self) -> None:
         ...
@@ -171,7 +173,7 @@ class Session:
     @typing.overload
     def __init__(self, engine: Engine, state: State) -> None:
         ...
-    def close(self) -> None:
+    def close(self, wipe: bool = False) -> None:
         ...
     def close_segment(self, progress: typing.Any = None) -> None:
         ...

@@ -37,7 +37,7 @@ def retrieval(
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Samples in a step.")] = 64,
     pairs: Annotated[
         str, typer.Option(metavar="N,N,...", help="The curriculum: most pairs in each stage.")
-    ] = "1,2,3,5,10,20",
+    ] = "5,10,20",
     rewrite: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of samples with keys that come again.")
     ] = 0.5,

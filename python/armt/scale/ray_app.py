@@ -18,6 +18,7 @@ from fastapi import FastAPI, Header, Response
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
 
 from armt.engine import Engine
 from armt.errors import InvalidArgument, StateError
@@ -28,6 +29,8 @@ from armt.session import Session
 PATIENCE = 120.0
 """Seconds for which a request is sent again when replicas die."""
 PAUSE = 0.1
+MOST_WAITING = 1024
+"""Requests that wait for a replica; more are refused."""
 MOST_TOKENS = 65536
 """Tokens of one generation."""
 
@@ -72,7 +75,7 @@ class Replica:
         call = partial(_OPERATIONS[what], self._worker, held, request, body)
         try:
             answer = await asyncio.to_thread(call)
-        except (ValueError, MemoryError) as error:
+        except (ValueError, MemoryError, OSError) as error:
             return _problem(error)
         return answer | {"status": 200, "process": os.getpid()}
 
@@ -128,6 +131,7 @@ def _problem(error: Exception) -> Answer:
         (InvalidArgument, 400, "invalid_request"),
         (StateError, 500, "session_lost"),
         (MemoryError, 503, "out_of_memory"),
+        (OSError, 503, "store_unavailable"),
         (ValueError, 400, "invalid_request"),
     ):
         if isinstance(error, kind):
@@ -157,6 +161,10 @@ class Ingress:
                     answer = {"status": 503, "error": {"code": "unavailable", "message": message}}
                     break
                 await asyncio.sleep(PAUSE)
+            except BackPressureError:
+                message = "too many requests wait already; try later"
+                answer = {"status": 503, "error": {"code": "overloaded", "message": message}}
+                break
         response.status_code = answer.pop("status")
         return answer
 
@@ -232,6 +240,7 @@ def application(
         name="engine",
         num_replicas=replicas,
         max_ongoing_requests=requests,
+        max_queued_requests=MOST_WAITING,
         health_check_period_s=2,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     )(Engines)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from armt.errors import InvalidArgument
 from armt.tasks.retrieval import Layout
 from armt.training.model import Armt, Shape
+from armt.training.start import start
 
 Ids = npt.NDArray[np.int64]
 SMOOTHING = 0.9
@@ -33,7 +34,7 @@ class Plan:
 
     steps: int = 2000
     batch: int = 64
-    pairs: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
+    pairs: tuple[int, ...] = (5, 10, 20)
     """The curriculum: most pairs of a sample in each stage."""
     rewrite: float = 0.5
     """Share of samples whose keys come again."""
@@ -222,7 +223,9 @@ class Trainer:
         self.plan = plan
         self.standing = Standing()
         torch.manual_seed(plan.seed)
-        self.model = Armt(plan.shape).to(device)
+        self.model = Armt(plan.shape)
+        start(self.model, [*range(plan.key_symbols), plan.key_symbols + 1])  # key, value
+        self.model.to(device)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim == 1]
         self._optimizer = torch.optim.AdamW(
