@@ -62,9 +62,10 @@ for job in "${jobs[@]}"; do
       cp "$build"/address/cpp/bindings/_core*.so "$face/"
       # Python itself keeps memory to its end, so leaks are looked for in the programs and fuzz targets only.
       preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
+      # Left out: a bound of one second, which instrumented code misses.
       # shellcheck disable=SC2086
       ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0 LD_PRELOAD=$preload PYTHONMALLOC=malloc PYTHONPATH=$build/face \
-        "$python" -m pytest -q -p no:cacheprovider ${ARMT_SANITIZE_TESTS:-tests/python/test_safetensors.py \
+        "$python" -m pytest -q -p no:cacheprovider -k "not a_hundred_thousand_unknown" ${ARMT_SANITIZE_TESTS:-tests/python/test_safetensors.py \
         tests/python/test_state_file.py tests/python/test_state_faults.py tests/python/test_state_disk.py \
         tests/python/test_state_corpus.py tests/python/test_api.py tests/python/test_invariance.py \
         tests/python/test_many_sessions.py tests/python/test_checkpoint_faults.py tests/python/test_security.py}
