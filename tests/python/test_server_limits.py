@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -161,10 +162,17 @@ def test_path_tricks_find_nothing(server: Live, name: str) -> None:
 
 
 def raw(server: Live, data: bytes, *, wait: float = 10.0) -> bytes:
-    """What comes back for bytes on a socket, until the server is silent or closes."""
+    """What comes back for bytes on a socket: one whole answer, or what came before the end."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=wait) as connection:
         connection.sendall(data)
-        return connection.recv(1 << 16)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+            head, end, body = answer.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+            if end and len(body) >= int(length[1] if length else 0):
+                break
+        return answer
 
 
 def test_what_is_no_http_gets_the_same_kind_of_error(server: Live) -> None:
