@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the fuzz targets with clang and runs each for a share of the time, under ASan and UBSan.
 #   bash tests/fuzz/run.sh [--seconds N] [--build DIR] [--corpus DIR] [--targets "json state"] [--summary FILE]
+#                          [--seed N]
 # New inputs go to --corpus (default: DIR/corpus, outside the repository); the seeds in tests/fuzz/corpus are only read.
 # Ends with 1 if a target finds something (its input is kept in DIR/findings), with 77 if clang or libFuzzer is absent.
 set -euo pipefail
@@ -10,6 +11,7 @@ seconds=60
 build=${ARMT_FUZZ_BUILD:-${TMPDIR:-/tmp}/armt-fuzz}
 corpus=
 summary=
+seed=0  # 0: another one each time
 targets="json safetensors state config load session"
 while [ $# -gt 0 ]; do
   case $1 in
@@ -18,6 +20,7 @@ while [ $# -gt 0 ]; do
     --corpus) corpus=$2 ;;
     --targets) targets=$2 ;;
     --summary) summary=$2 ;;
+    --seed) seed=$2 ;;
     *) echo "unknown option $1; see the head of tests/fuzz/run.sh" >&2; exit 2 ;;
   esac
   shift 2
@@ -54,7 +57,7 @@ for target in $targets; do
   dictionary=()
   case $target in json | safetensors | load) dictionary=(-dict=tests/fuzz/json.dict) ;; esac
   log=$build/logs/$target
-  if ! "$build/fuzz_$target" -max_total_time="$each" -max_len="$longest" -timeout=25 -rss_limit_mb=2048 \
+  if ! "$build/fuzz_$target" -seed="$seed" -max_total_time="$each" -max_len="$longest" -timeout=25 -rss_limit_mb=2048 \
     -malloc_limit_mb=512 -print_final_stats=1 "${dictionary[@]}" -artifact_prefix="$build/findings/$target-" \
     "$corpus/$target" "${seeds[@]}" >"$log" 2>&1; then
     status=1
