@@ -3,7 +3,8 @@
 python bench/endless.py --tokens 50000000 --writes 100000 --out bench/results/endless_cpu.json
 
 stream     one session reads random tokens in calls of 1,000 segments: growth of resident memory,
-           time of a call at the end against the beginning, values that are not finite.
+           values that are not finite, time of a call at the end against the beginning: seconds,
+           and seconds of processor time, which other work on the machine changes little.
 precision  one layer's memory in float32 against the reference's rule in float64
            (tests/reference), both written from the same rows.
 adversary  the same with keys that are zero, huge, repeated, orthogonal, or alternate between
@@ -35,6 +36,7 @@ from reference.memory import LayerMemory, MemoryMaps, MemoryRule, empty_memory, 
 Floats = npt.NDArray[np.float32]
 
 BOUNDS = {"mib_per_million_tokens": 1.0, "last_to_first": 1.5, "relative_difference": 1e-4}
+PROGRESS_CALLS = 100
 CALL_SEGMENTS = 1000
 D, D_MEM, MEMORY_TOKENS = 32, 8, 4  # of the precision part: width, key width, rows a write
 
@@ -47,16 +49,18 @@ def stream(geometry: models.Geometry, tokens: int, device: str, threads: int) ->
     calls = max(3, tokens // size)
     session = engine.session()
     seconds: list[float] = []
+    processor: list[float] = []
     resident: list[int] = []
     finite = True
     for call in range(calls):
         ids = rng.integers(0, engine.vocab_size, size)
-        begin = time.perf_counter()
+        begin, begin_processor = time.perf_counter(), time.process_time()
         session.feed(ids)
         seconds.append(time.perf_counter() - begin)
+        processor.append(time.process_time() - begin_processor)
         resident.append(harness.resident_bytes())
         finite = finite and bool(np.isfinite(session.logits).all())
-        if call % 100 == 99:
+        if call % PROGRESS_CALLS == PROGRESS_CALLS - 1:
             harness.show(
                 "stream", {"tokens": session.tokens, "rss_mib": resident[-1] / harness.MIB}
             )
@@ -65,7 +69,8 @@ def stream(geometry: models.Geometry, tokens: int, device: str, threads: int) ->
     kept = np.asarray(resident[part:], np.float64) / harness.MIB
     millions = np.arange(len(kept)) * size / 1e6
     slope = float(np.polyfit(millions, kept, 1)[0]) if len(kept) > 1 else 0.0
-    first, last = statistics.median(seconds[:part]), statistics.median(seconds[-part:])
+    # Of a device's time the processor sees nothing.
+    ratio = last_to_first(processor if device == "cpu" else seconds, part)
     return {
         "geometry": geometry.name,
         "device": engine.description,
@@ -74,10 +79,22 @@ def stream(geometry: models.Geometry, tokens: int, device: str, threads: int) ->
         "tokens_per_second": session.tokens / sum(seconds),
         "mib_per_million_tokens": slope,
         "resident_mib": {"first": resident[0] / harness.MIB, "last": resident[-1] / harness.MIB},
-        "call_seconds": {"first": first, "last": last},
-        "last_to_first": last / first,
+        "call_seconds": ends(seconds, part),
+        "call_processor_seconds": ends(processor, part),
+        "last_to_first": ratio,
+        "last_to_first_wall": last_to_first(seconds, part),
         "finite": finite and engine.stats().get("nonfinite", 0) == 0,
     }
+
+
+def ends(values: list[float], part: int) -> dict[str, float]:
+    """Medians of the first and the last ``part`` values."""
+    return {"first": statistics.median(values[:part]), "last": statistics.median(values[-part:])}
+
+
+def last_to_first(values: list[float], part: int) -> float:
+    found = ends(values, part)
+    return found["last"] / found["first"]
 
 
 def normal_rows(rng: np.random.Generator) -> Iterator[Floats]:

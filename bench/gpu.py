@@ -1,10 +1,20 @@
 """Timings of the CUDA backend against floors measured in the same run.
 
-    python bench/gpu.py --out results.json [--what prefill decode sessions profile] [--quick]
+    python bench/gpu.py --out results.json [--what prefill fp8 decode ...] [--quick]
 
 Weights are random (conditioned: embeddings are large, memory values small), ids are random, the
 head is left off in prefill. The floor of a prefill is its arithmetic over the rate of an 8192 bf16
 matrix product sustained in this very run (attention over 400 TFLOP/s).
+
+prefill    by length, both geometries, the diagonal and the sequential schedule
+segments   the 1B geometry at other segment sizes
+fp8        prefill in 8 bits beside bfloat16, both geometries
+decode     one stream, greedy and with a temperature
+sessions   64 sessions stepping together
+rival      eager PyTorch on the GPU, the same weights (rival_torch.py)
+drift      bfloat16 and 8 bits against float32 over long streams, the rival beside (gpu_long.py)
+endless    50 million tokens: latency, memory, numbers (gpu_long.py)
+profile    device time by kernel
 """
 
 from __future__ import annotations
@@ -16,155 +26,19 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+import gpu_long
 from armt import _core
+from gpu_models import GEOMETRIES, Geometry, feed, make_engine, random_ids
 
 ATTENTION_RATE = 400e12
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a model; `segment` tokens and `memory` memory tokens make a segment's rows."""
-
-    name: str
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    segment: int
-    memory: int
-    d_mem: int
-    llama: bool
-
-    @property
-    def rows(self) -> int:
-        return self.segment + self.memory
-
-    def decoder(self) -> dict[str, Any]:
-        common = {
-            "vocab_size": self.vocab,
-            "d_model": self.width,
-            "n_layers": self.layers,
-            "n_heads": self.heads,
-            "n_kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "d_ff": self.ffn,
-        }
-        if self.llama:
-            return common | {
-                "norm": "rms",
-                "activation": "silu",
-                "gated_mlp": True,
-                "rotary_dims": self.head_dim,
-                "rope_theta": 500000.0,
-            }
-        positions = self.rows + self.memory
-        return common | {"norm": "layer", "activation": "gelu_tanh", "learned_positions": positions}
-
-    def memory_settings(self) -> dict[str, Any]:
-        return {
-            "dialect": "paper",
-            "memory_tokens": self.memory,
-            "d_mem": self.d_mem,
-            "segment_size": self.segment,
-        }
-
-    def floor_flops(self, tokens: int) -> tuple[float, float]:
-        """Full arithmetic of a prefill: (matrix products, attention), in operations."""
-        segments = -(-tokens // self.segment)
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        per_row = qkv + self.heads * self.head_dim + (3 if self.llama else 2) * self.ffn
-        features = 6 * self.d_mem
-        read = self.d_mem + features
-        write = self.memory * (self.width + self.d_mem + 2 * features)
-        products = 2.0 * self.width * (self.rows * (per_row + read) + write)
-        attention = 2.0 * self.rows * self.rows * self.heads * self.head_dim  # causal half
-        return products * self.layers * segments, attention * self.layers * segments
-
-
-GEOMETRIES = {
-    "1b": Geometry("1b", 16, 2048, 32, 8, 64, 8192, 128256, 1024, 128, 64, True),
-    "gpt2": Geometry("gpt2", 12, 768, 12, 12, 64, 3072, 50257, 512, 16, 64, False),
-}
-
-
-def bf16(values: Array) -> Array:
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def make_engine(
-    geometry: Geometry, *, dtype: str = "bfloat16", schedule: str = "auto", seed: int = 0
-) -> Any:
-    """An engine with random weights; all layers share their values."""
-    rng = np.random.default_rng(seed)
-    g = geometry
-    core = _core.Engine(
-        decoder=g.decoder(),
-        memory=g.memory_settings(),
-        device="cuda",
-        dtype=dtype,
-        schedule=schedule,
-    )
-
-    def load(slot: str, layers: int, rows: int, cols: int, std: float) -> None:
-        values = rng.standard_normal((rows, cols), dtype=np.float32) * np.float32(std)
-        for layer in range(layers):
-            core.load_matrix(slot, layer, bf16(values), "bfloat16")
-
-    def fill(slot: str, layers: int, size: int, value: float) -> None:
-        for layer in range(layers):
-            core.load_vector(slot, layer, np.full(size, value, np.float32))
-
-    width, qkv = g.width, (g.heads + 2 * g.kv_heads) * g.head_dim
-    deep = 0.02 / (2 * g.layers) ** 0.5
-    load("qkv", g.layers, qkv, width, 0.02)
-    load("attn_out", g.layers, width, g.heads * g.head_dim, deep)
-    load("mlp_up", g.layers, g.ffn * (2 if g.llama else 1), width, 0.02)
-    load("mlp_down", g.layers, width, g.ffn, deep)
-    load("mem_query", g.layers, g.d_mem, width, 0.02)
-    load("mem_key", g.layers, g.d_mem, width, 0.02)
-    load("mem_value", g.layers, width, width, 0.002)
-    load("mem_gate", g.layers, 1, width, 0.02)
-    load("embedding", 1, g.vocab, width, 0.5)
-    load("memory", 1, g.memory, width, 0.5)
-    fill("mem_gate_bias", g.layers, 1, 0.0)
-    for norm in ("norm1", "norm2"):
-        fill(norm, g.layers, width, 1.0)
-    fill("final_norm", 1, width, 1.0)
-    if not g.llama:
-        load("positions", 1, g.rows + g.memory, width, 0.02)
-        sizes = {
-            "qkv_bias": qkv,
-            "attn_out_bias": width,
-            "mlp_up_bias": g.ffn,
-            "mlp_down_bias": width,
-        }
-        for slot, size in sizes.items():
-            fill(slot, g.layers, size, 0.01)
-        for norm in ("norm1_bias", "norm2_bias"):
-            fill(norm, g.layers, width, 0.01)
-        fill("final_norm_bias", 1, width, 0.01)
-    core.finish_loading()
-    return core
-
-
-def random_ids(geometry: Geometry, count: int, seed: int = 1) -> Array:
-    return np.random.default_rng(seed).integers(0, geometry.vocab, count).astype(np.int32)
-
-
-def feed(session: Any, ids: Array, logits: str = "none") -> None:
-    _core.run_many([(session, ids)], logits, False, True, False, None)
+PARTS = ["prefill", "segments", "fp8", "decode", "sessions", "rival", "drift", "endless", "profile"]
 
 
 def timed(body: Callable[[], Any], *, least: int = 3, seconds: float = 1.5) -> dict[str, Any]:
@@ -238,9 +112,9 @@ def prefill(
     }
 
 
-def decode(geometry: Geometry, new: int, core: Any) -> dict[str, Any]:
-    """One stream, greedy, half a segment behind it."""
-    params = _core.SamplingParams()
+def decode(geometry: Geometry, new: int, core: Any, temperature: float = 0.0) -> dict[str, Any]:
+    """One stream, half a segment behind it."""
+    params = _core.SamplingParams(temperature=temperature)
     session = _core.Session(core)
     feed(session, random_ids(geometry, geometry.segment // 2), "last")
 
@@ -252,7 +126,11 @@ def decode(geometry: Geometry, new: int, core: Any) -> dict[str, Any]:
         stream.last_logits()
 
     found = timed(run)
-    return found | {"geometry": geometry.name, "tokens_per_s": new / found["median_s"]}
+    return found | {
+        "geometry": geometry.name,
+        "temperature": temperature,
+        "tokens_per_s": new / found["median_s"],
+    }
 
 
 def sessions(geometry: Geometry, count: int, rounds: int, core: Any) -> dict[str, Any]:
@@ -305,68 +183,123 @@ def show(title: str, row: dict[str, Any]) -> None:
     print(f"{title}: " + " ".join(parts), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--what", nargs="*", default=["prefill", "decode", "sessions", "profile"])
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "commit": git_commit(),
-        "host": platform.node(),
-        "dtype": "bfloat16",
-        "rows": [],
-        "profiles": {},
-    }
-    ceiling = Ceiling()
-    rate = ceiling.measure()
-    result["gemm_flops"] = rate
-    print(f"sustained GEMM: {rate / 1e12:.0f} TFLOP/s", flush=True)
+LENGTHS = {"1b": [4096, 16384, 32768, 131072], "gpt2": [131072, 1048576]}
 
-    def note(kind: str, row: dict[str, Any]) -> None:
-        result["rows"].append({"kind": kind} | row)
+
+class Run:
+    """One run: what was asked for, what was found so far."""
+
+    def __init__(self, out: Path, commit: str, quick: bool) -> None:
+        self.out, self.quick = out, quick
+        self.ceiling = Ceiling()
+        rate = self.ceiling.measure()
+        print(f"sustained GEMM: {rate / 1e12:.0f} TFLOP/s", flush=True)
+        self.result: dict[str, Any] = {
+            "commit": commit,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "dtype": "bfloat16",
+            "gemm_flops": rate,
+            "rows": [],
+            "profiles": {},
+        }
+
+    def note(self, kind: str, row: dict[str, Any]) -> None:
+        self.result["rows"].append({"kind": kind} | row)
         show(kind, row)
-        arguments.out.write_text(json.dumps(result, indent=1))
+        self.write()
 
-    for name in ("1b", "gpt2"):
-        geometry = GEOMETRIES[name]
+    def write(self) -> None:
+        self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def prefill(
+        self, kind: str, geometry: Geometry, tokens: int, schedule: str, core: Any = None
+    ) -> float:
+        """Seconds of one prefill, beside a ceiling measured just before."""
+        rate = self.ceiling.measure()
+        row = prefill(geometry, tokens, schedule, rate, core) | {"gemm_flops": rate}
+        self.note(kind, row)
+        return float(row["median_s"])
+
+    def lengths(self, geometry: Geometry) -> list[int]:
+        all_lengths = LENGTHS[geometry.name]
+        return all_lengths[:1] + all_lengths[-1:] if self.quick else all_lengths
+
+    def geometry(self, geometry: Geometry, what: list[str]) -> None:
+        """All parts that share one engine."""
         core = make_engine(geometry, schedule="diagonal")
-        result.setdefault("device", core.description)
-        if "prefill" in arguments.what:
-            lengths = {"1b": [4096, 16384, 32768, 131072], "gpt2": [131072, 1048576]}[name]
-            for tokens in lengths[:1] + lengths[-1:] if arguments.quick else lengths:
-                rate = ceiling.measure()
-                note(
-                    "prefill",
-                    prefill(geometry, tokens, "diagonal", rate, core) | {"gemm_flops": rate},
-                )
-        if "profile" in arguments.what:
-            ids = random_ids(geometry, geometry.segment * 48)
-
-            def run(core: Any = core, ids: Array = ids) -> None:
-                feed(_core.Session(core), ids)
-
-            rows = profile(run)
-            result["profiles"][name] = rows
-            total = sum(row["us"] for row in rows)
-            for row in rows[:24]:
-                share = f"{row['us'] / total:6.1%} {row['calls']:>6}"
-                print(f"  {row['us']:>10.0f} us {share} {row['kernel'][:110]}")
-            print(f"  {total:>10.0f} us in all", flush=True)
-        if "decode" in arguments.what:
-            note("decode", decode(geometry, 64, core))
-        if "sessions" in arguments.what and not arguments.quick:
-            note("sessions", sessions(geometry, 64, 2, core))
-        if "prefill" in arguments.what and not arguments.quick:
-            tokens = {"1b": 32768, "gpt2": 131072}[name]
-            note("prefill", prefill(geometry, tokens, "sequential", rate))
+        self.result.setdefault("device", core.description)
+        if "prefill" in what:
+            for tokens in self.lengths(geometry):
+                self.prefill("prefill", geometry, tokens, "diagonal", core)
+        if "fp8" in what:
+            self.fp8(geometry, core)
+        if "profile" in what:
+            self.profile(geometry.name, geometry, core)
+        if "decode" in what:
+            self.note("decode", decode(geometry, 64, core))
+            if not self.quick:
+                self.note("decode", decode(geometry, 64, core, temperature=0.8))
+        if "sessions" in what and not self.quick:
+            self.note("sessions", sessions(geometry, 64, 2, core))
         del core
-    if "segments" in arguments.what:
+        if "prefill" in what and not self.quick:
+            tokens = {"1b": 32768, "gpt2": 131072}[geometry.name]
+            self.prefill("prefill", geometry, tokens, "sequential")
+
+    def fp8(self, geometry: Geometry, core: Any) -> None:
+        """In turn with bfloat16, so that both meet the same clock."""
+        short = make_engine(geometry, schedule="diagonal", prefill_dtype="fp8")
+        for tokens in self.lengths(geometry)[-1:] if self.quick else LENGTHS[geometry.name][-2:]:
+            rate = self.ceiling.measure()
+            before = prefill(geometry, tokens, "diagonal", rate, core, seconds=0.8)
+            row = prefill(geometry, tokens, "diagonal", rate, short, seconds=0.8)
+            gain = before["median_s"] / row["median_s"]
+            self.note("fp8", row | {"bf16_s": before["median_s"], "times_faster": gain})
+        if not self.quick:
+            self.profile(geometry.name + " fp8", geometry, short)
+
+    def profile(self, name: str, geometry: Geometry, core: Any) -> None:
+        ids = random_ids(geometry, geometry.segment * 48)
+        rows = profile(lambda: feed(_core.Session(core), ids))
+        self.result["profiles"][name] = rows
+        total = sum(row["us"] for row in rows)
+        for row in rows[:20]:
+            share = f"{row['us'] / total:6.1%} {row['calls']:>6}"
+            print(f"  {row['us']:>10.0f} us {share} {row['kernel'][:110]}")
+        print(f"  {total:>10.0f} us in all: {name}", flush=True)
+
+    def segments(self) -> None:
         for segment in (512, 4096):
             geometry = replace(GEOMETRIES["1b"], segment=segment)
             for schedule in ("diagonal", "sequential"):
-                note("prefill", prefill(geometry, 131072, schedule, ceiling.measure()))
-    arguments.out.write_text(json.dumps(result, indent=1))
+                self.prefill("prefill", geometry, 131072, schedule)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--what", nargs="*", default=PARTS[:-1], choices=PARTS)
+    parser.add_argument("--quick", action="store_true", help="few lengths, no comparisons")
+    parser.add_argument("--geometries", nargs="*", default=list(GEOMETRIES), choices=GEOMETRIES)
+    parser.add_argument("--tokens", type=int, default=50_000_000, help="of the endless stream")
+    parser.add_argument("--drift", type=int, nargs="*", default=[32768, 131072, 1048576])
+    parser.add_argument("--rival-tokens", type=int, default=131072, help="that the rival reads")
+    parser.add_argument("--commit", default="", help="where git does not say it")
+    options = parser.parse_args()
+    run = Run(options.out, options.commit or git_commit(), options.quick)
+    for name in options.geometries:
+        run.geometry(GEOMETRIES[name], options.what)
+    if "segments" in options.what:
+        run.segments()
+    if "rival" in options.what:
+        run.note("rival", gpu_long.rival_prefill(32768))
+    if "drift" in options.what:
+        for row in gpu_long.drift(options.drift, options.rival_tokens):
+            run.note("drift", row)
+    if "endless" in options.what:
+        run.note("endless", gpu_long.endless(options.tokens))
+    run.write()
 
 
 if __name__ == "__main__":

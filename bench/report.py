@@ -29,6 +29,8 @@ def load(name: str) -> Any:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "Not measured yet."
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -142,9 +144,69 @@ def prefill_table() -> str:
     return table(head, rows) + "\n\n" + gpu_about()
 
 
+def fp8_table() -> str:
+    rows = [
+        [
+            MODELS[r["geometry"]],
+            f"{r['tokens']:,}",
+            f"{r['bf16_s'] * 1e3:,.1f} ms",
+            f"{r['median_s'] * 1e3:,.1f} ms",
+            f"{r['times_faster']:.2f}",
+        ]
+        for r in gpu_rows("fp8")
+    ]
+    notes = "".join(f"\n\n{r['note']}." for r in gpu_rows("fp8") if r.get("note"))
+    return table(["", "tokens", "bfloat16", "8 bits", "times faster"], rows) + (
+        notes or "\n\n" + gpu_about()
+    )
+
+
+def drift_table() -> str:
+    if not gpu_rows("drift"):
+        return table([], [])
+    rows = [
+        [r["who"], f"{r['tokens']:,}", f"{r['logits']:.1e}", f"{r['memory']:.1e}"]
+        for r in gpu_rows("drift")
+    ]
+    return table(["GPT-2 small", "tokens", "logits", "memory"], rows) + "\n\n" + gpu_about()
+
+
+def long_table() -> str:
+    rows = []
+    for r in gpu_rows("rival"):
+        gain = r["rival_s"] / r["engine_s"]
+        rows.append(
+            [
+                f"eager PyTorch, {r['tokens']:,} tokens: times slower than the engine",
+                f"{gain:.1f}",
+            ]
+        )
+    for r in gpu_rows("endless"):
+        first, last = r["call_s"]["first"], r["call_s"]["last"]
+        millions = f"{r['tokens'] / 1e6:.0f} million tokens"
+        rows += [
+            [f"{millions}, one session", f"{r['seconds']:.1f} s"],
+            [
+                f"a call of {r['call_tokens']:,}, p50 / p99, first tenth",
+                f"{first['p50'] * 1e3:.1f} / {first['p99'] * 1e3:.1f} ms",
+            ],
+            ["the same, last tenth", f"{last['p50'] * 1e3:.1f} / {last['p99'] * 1e3:.1f} ms"],
+            ["growth of device memory, MiB per million", f"{r['device_mib_per_million']:.3f}"],
+            ["growth of resident memory, MiB per million", f"{r['resident_mib_per_million']:.3f}"],
+            ["values that are not finite", str(r["nonfinite"])],
+        ]
+    if not rows:
+        return table([], [])
+    return table(["GPT-2 small, bfloat16", ""], rows) + "\n\n" + gpu_about()
+
+
 def gpu_sessions_table() -> str:
     rows = [
-        [f"{MODELS[r['geometry']]}, one stream, greedy", f"{r['tokens_per_s']:,.0f}"]
+        [
+            f"{MODELS[r['geometry']]}, one stream, "
+            + (f"temperature {r['temperature']}" if r.get("temperature") else "greedy"),
+            f"{r['tokens_per_s']:,.0f}",
+        ]
         for r in gpu_rows("decode")
     ]
     rows += [
@@ -163,6 +225,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "server": server_table,
     "gpu-prefill": prefill_table,
     "gpu-sessions": gpu_sessions_table,
+    "gpu-fp8": fp8_table,
+    "gpu-drift": drift_table,
+    "gpu-long": long_table,
 }
 
 
@@ -185,9 +250,11 @@ def draw() -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for name in ("1b", "gpt2"):
+    for name, segment in (("1b", 1024), ("gpt2", 512)):
         rows = [
-            r for r in gpu_rows("prefill") if r["geometry"] == name and r["schedule"] == "diagonal"
+            r
+            for r in gpu_rows("prefill")
+            if (r["geometry"], r["schedule"], r["segment"]) == (name, "diagonal", segment)
         ]
         axes.plot(
             [r["tokens"] for r in rows], [r["over_floor"] for r in rows], "o-", label=MODELS[name]

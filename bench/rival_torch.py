@@ -63,13 +63,15 @@ class TorchArmt:
         geometry: Geometry,
         weights: Mapping[str, npt.NDArray[np.float32]],
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         self.geometry = geometry
         self.dtype = dtype
+        self.device = device
         model = PREFIX + "model.transformer."
 
         def get(name: str) -> Tensor:
-            return torch.from_numpy(weights[name].copy()).to(dtype)
+            return torch.from_numpy(weights[name].copy()).to(dtype).to(device)
 
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return get(name + ".weight"), get(name + ".bias")
@@ -176,7 +178,7 @@ class TorchArmt:
     @torch.no_grad()
     def step(self, ids: npt.NDArray[Any], logits: str = "none") -> Tensor | None:
         """One whole segment, memory written. Logits: none, last [vocab], all [tokens, vocab]."""
-        tokens = torch.from_numpy(ids.astype(np.int64))
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
         first = len(tokens)
         memory = self.memory_tokens + self.positions[first : first + self.geometry.memory]
         x = self.layers(torch.cat([self.embed(tokens), memory]))
@@ -198,7 +200,10 @@ class TorchArmt:
         g = self.geometry
         shape = (1, g.heads, len(ids) + room, g.head_dim)
         self.cache = [
-            (torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+            (
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+            )
             for _ in self.blocks
         ]
         self.cached = 0
@@ -207,7 +212,7 @@ class TorchArmt:
     @torch.no_grad()
     def extend(self, ids: npt.NDArray[Any]) -> Tensor:
         """One more token (or the first ones) of the open segment; logits of the last, [vocab]."""
-        tokens = torch.from_numpy(np.asarray(ids, np.int64))
+        tokens = torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
         x = self.layers(self.embed(tokens, self.cached), cached=True, write=False)
         self.cached += len(tokens)
         return self.logits(x[-1:])[0]

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import armt
 import harness
 
-MODEL = Path(armt.__file__).resolve().parent / "models" / "babilong-qa1"
+MODEL = Path(armt.__file__).resolve().parent / "models" / "babilong"
 Ids = npt.NDArray[np.int32]
 
 

@@ -30,6 +30,14 @@ Arena::~Arena() {
 
 void* Arena::take(int64_t bytes) {
   const int64_t size = rounded(bytes);
+  for (;;) {
+    if (void* data = try_take(size)) return data;
+    if (!make_room || !make_room(size)) no_room(size);
+  }
+}
+
+// Null if there is no room.
+void* Arena::try_take(int64_t size) {
   const std::lock_guard lock(mutex_);
   if (auto found = free_.find(size); found != free_.end() && !found->second.empty()) {
     void* data = found->second.back();
@@ -39,26 +47,35 @@ void* Arena::take(int64_t bytes) {
   }
   const DeviceScope scope(device_);
   void* data = nullptr;
-  cudaError_t code = cudaMalloc(&data, static_cast<size_t>(size));
+  cudaError_t code = cudaErrorMemoryAllocation;
+  const auto fits = [&] { return limit_ == 0 || held_ + size <= limit_; };
+  if (fits()) code = cudaMalloc(&data, static_cast<size_t>(size));
   if (code == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     trim();
-    code = cudaMalloc(&data, static_cast<size_t>(size));
+    if (fits()) code = cudaMalloc(&data, static_cast<size_t>(size));
   }
   if (code == cudaErrorMemoryAllocation) {
     cudaGetLastError();
-    size_t left = 0, total = 0;
-    check(cudaMemGetInfo(&left, &total), "cudaMemGetInfo");
-    throw OutOfMemory("cuda:" + std::to_string(device_) + ": no room for " + mebibytes(size) + "; this engine holds " +
-                      mebibytes(in_use_) + ", " + mebibytes(static_cast<int64_t>(left)) + " of " +
-                      mebibytes(static_cast<int64_t>(total)) +
-                      " are free; close sessions, shorten the batch, or choose a smaller weight type");
+    return nullptr;
   }
   check(code, "cudaMalloc");
   sizes_[data] = size;
   held_ += size;
   in_use_ += size;
   return data;
+}
+
+void Arena::no_room(int64_t size) const {
+  const DeviceScope scope(device_);
+  const std::lock_guard lock(mutex_);
+  size_t left = 0, total = 0;
+  check(cudaMemGetInfo(&left, &total), "cudaMemGetInfo");
+  const std::string limit = limit_ > 0 ? ", its limit is " + mebibytes(limit_) : "";
+  throw OutOfMemory("cuda:" + std::to_string(device_) + ": no room for " + mebibytes(size) + "; this engine holds " +
+                    mebibytes(in_use_) + limit + ", " + mebibytes(static_cast<int64_t>(left)) + " of " +
+                    mebibytes(static_cast<int64_t>(total)) +
+                    " are free; close sessions, shorten the batch, or choose a smaller weight type");
 }
 
 void Arena::give(void* data) noexcept {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -12,7 +13,8 @@ namespace armt::cuda {
 
 class Arena {
  public:
-  explicit Arena(int device) : device_(device) {}
+  // `limit`: the most bytes to hold; 0: what the GPU has.
+  Arena(int device, int64_t limit) : device_(device), limit_(limit) {}
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -21,11 +23,16 @@ class Arena {
   void* take(int64_t bytes);
   void give(void* data) noexcept;
   int64_t bytes_in_use() const;
+  // Called without locks when there is no more; gives memory back, or returns false if it cannot.
+  std::function<bool(int64_t bytes)> make_room;
 
  private:
   void trim();
+  void* try_take(int64_t size);
+  [[noreturn]] void no_room(int64_t size) const;
 
   const int device_;
+  const int64_t limit_;
   mutable std::mutex mutex_;
   std::map<void*, int64_t> sizes_;              // of every block from the driver
   std::map<int64_t, std::vector<void*>> free_;  // by exact rounded size

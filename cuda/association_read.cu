@@ -9,6 +9,7 @@
 
 #include "association.cuh"
 #include "check.h"
+#include "overlap.cuh"
 #include "tile_product.cuh"
 #include "workspace.h"
 
@@ -17,6 +18,8 @@ namespace {
 
 template <class To>
 __global__ void read_features(Batch batch, const float* queries, To* phi, MemoryShape shape) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   extern __shared__ float shared[];
   const DevGroup& group = batch.groups[blockIdx.y];
   const int warp = threadIdx.x / 32;
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(256, 2)
 // What the library multiplies by: A of each written cell rounded to bfloat16, in the order of stacked weights (the last
 // group's cells first). 16 bytes of the result a thread and turn. grid: chunks, cells of a group, groups
 constexpr int kRoundTurns = 4;
-__global__ void round_matrices(Batch batch, __nv_bfloat16* out, int64_t packs) {
+__device__ inline void round_matrix(const Batch& batch, __nv_bfloat16* out, int64_t packs) {
   const DevGroup& group = batch.groups[blockIdx.z];
   if (blockIdx.y >= group.cells) return;
   const int first = group.cell_begin - batch.cell_begin;
@@ -209,6 +212,11 @@ __global__ void round_matrices(Batch batch, __nv_bfloat16* out, int64_t packs) {
     to[i] = {pack_pair<Half>(low[k].x, low[k].y), pack_pair<Half>(low[k].z, low[k].w),
              pack_pair<Half>(high[k].x, high[k].y), pack_pair<Half>(high[k].z, high[k].w)};
   }
+}
+// It needs nothing of the kernel before it, so it works beside that one.
+__global__ void round_matrices(Batch batch, __nv_bfloat16* out, int64_t packs) {
+  round_matrix(batch, out, packs);
+  wait_for_kernel_before();
 }
 
 // Whether rounding the matrices first pays: each is then read by several tiles of rows.
@@ -283,8 +291,8 @@ void CudaBackend::memory_read(Groups groups, const Rows& x) {
   const auto* queries = scratch.read_query.as<float>();
   if (exact) {
     auto* phi = scratch.read_phi.as<float>();
-    read_features<<<grid, kFeatureWarps * 32, bytes, stream()>>>(batch, queries, phi, shape);
-    check_launch("features of a read");
+    launch_overlapped(read_features<float>, grid, dim3(kFeatureWarps * 32), bytes, stream(), batch, queries, phi,
+                      shape);
     const auto tiles = static_cast<int>(ceil_div(shape.values, TileProduct::kTile));
     const dim3 blocks(tiles * shape.heads, static_cast<unsigned>(ceil_div(batch.max_cell_rows, TileProduct::kTile)),
                       batch.cell_count);
@@ -293,8 +301,8 @@ void CudaBackend::memory_read(Groups groups, const Rows& x) {
     return;
   }
   auto* phi = scratch.read_phi.as<__nv_bfloat16>();
-  read_features<<<grid, kFeatureWarps * 32, bytes, stream()>>>(batch, queries, phi, shape);
-  check_launch("features of a read");
+  launch_overlapped(read_features<__nv_bfloat16>, grid, dim3(kFeatureWarps * 32), bytes, stream(), batch, queries, phi,
+                    shape);
   if (dtype_ != DType::bf16 || !long_cells(shape, batch, all_rows)) {
     const auto tiles = static_cast<int>(ceil_div(shape.values, 128));
     const dim3 blocks(tiles * shape.heads, static_cast<unsigned>(ceil_div(batch.max_cell_rows, 128)), batch.cell_count);
@@ -313,8 +321,8 @@ void CudaBackend::memory_read(Groups groups, const Rows& x) {
   for (const Group& group : groups) most_cells = std::max(most_cells, group.cells.size());
   const dim3 chunks(static_cast<unsigned>(ceil_div(matrices / 8, 256 * kRoundTurns)), static_cast<unsigned>(most_cells),
                     batch.group_count);
-  round_matrices<<<chunks, 256, 0, stream()>>>(batch, scratch.read_matrix.as<__nv_bfloat16>(), matrices / 8);
-  check_launch("matrices of a read");
+  launch_overlapped(round_matrices, chunks, dim3(256), 0, stream(), batch, scratch.read_matrix.as<__nv_bfloat16>(),
+                    matrices / 8);
   std::vector<Span> reads;
   for (const Reader& reader : readers_of(groups)) {
     const DevGroup& group = part.groups[reader.group];

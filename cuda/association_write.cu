@@ -9,6 +9,7 @@
 
 #include "association_update.cuh"
 #include "check.h"
+#include "overlap.cuh"
 #include "tile_product.cuh"
 #include "workspace.h"
 
@@ -31,6 +32,8 @@ template <bool exact>
 __global__ void write_features(Batch batch, float* raw, float* phi, float* coef, const float* gate_bias,
                                MemoryShape shape) {
   extern __shared__ float shared[];
+  let_next_kernel_start();
+  wait_for_kernel_before();
   const DevCell& cell = batch.cells[blockIdx.y];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int t = blockIdx.x * kFeatureWarps + warp;
@@ -194,6 +197,8 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     write_update(Batch batch, WriteRows rows, MemoryShape shape, int column_tiles, int shares) {
   extern __shared__ float4 tiles[];
+  let_next_kernel_start();
+  wait_for_kernel_before();
   const DevCell& cell = batch.cells[blockIdx.y];
   if (cell.next_memory == nullptr) return;
   // The rest first: it takes long, and little of the machine.
@@ -219,8 +224,8 @@ void launch_update(const Batch& batch, const WriteRows& rows, const MemoryShape&
   const auto tiles = static_cast<int>(ceil_div(shape.values, Tile::kCols));
   const int shares = rest_shares(shape);
   const dim3 grid(tiles * shape.heads + shares, batch.cell_count);
-  write_update<Tile><<<grid, Tile::kThreads, Tile::kBytes, stream>>>(batch, rows, shape, tiles, shares);
-  check_launch("memory_write");
+  launch_overlapped(write_update<Tile>, grid, dim3(Tile::kThreads), Tile::kBytes, stream, batch, rows, shape, tiles,
+                    shares);
 }
 
 // Whether write_update() can: rows of A in whole 16 bytes, memory rows within its largest tile.
@@ -319,8 +324,7 @@ void CudaBackend::memory_write(Groups groups, const Rows& x) {
   const dim3 grid(static_cast<unsigned>(ceil_div(count, kFeatureWarps)), batch.cell_count);
   const bool exact = dtype_ == DType::f32;
   const auto features = exact ? write_features<true> : write_features<false>;
-  features<<<grid, kFeatureWarps * 32, bytes, stream()>>>(batch, raw, phi, coef, bias, shape);
-  check_launch("features of a write");
+  launch_overlapped(features, grid, dim3(kFeatureWarps * 32), bytes, stream(), batch, raw, phi, coef, bias, shape);
   if (exact) {
     launch_products<true>(batch, write, shape, count, stream());
   } else if (in_one) {

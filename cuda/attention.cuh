@@ -10,6 +10,7 @@ struct AttendArgs {
   View qkv, context;
   const float2* angles = nullptr;
   const float* q_norm = nullptr;  // [layers, c] or null
+  const float* k_norm = nullptr;  // the same
   int q_heads = 0, kv_heads = 0;
   int head_dim = 0, kv_row = 0;  // c, and its padding in a page
   int page_rows = 0;
@@ -18,9 +19,10 @@ struct AttendArgs {
   bool by_layer = false;  // scores are divided by layer + 1
   float eps = 0.0f;
   // few rows only
+  bool stores = false;  // each cell has one row, whose key and value are still to be stored
   int splits = 1;
   float* partial = nullptr;  // [rows, q heads, splits, c + 2]
-  int* counters = nullptr;   // [rows, kv heads], zero between calls
+  int* counters = nullptr;   // FewShares::counters of them, zero between calls
 };
 
 // One row's view of the two caches, each masked row by row.
@@ -57,7 +59,12 @@ __device__ const T* tile_keys(const AttendArgs& args, const DevCell& cell, bool 
 // Many rows at once, 16-bit types; the Hopper form returns false where the GPU or the head size is none of its kind.
 bool launch_hopper(DType dtype, const AttendArgs& args, cudaStream_t stream);
 void launch_flash(DType dtype, const AttendArgs& args, cudaStream_t stream);
-// Few rows at once, any type.
+// Few rows at once, any type. Shares of the keys: what launch_few() wants in `args`.
+struct FewShares {
+  int splits = 1;
+  int64_t floats = 0, counters = 0;  // sizes of `partial` (0: not needed) and `counters`
+};
+FewShares few_shares(const AttendArgs& args, int processors);
 void launch_few(DType dtype, const AttendArgs& args, cudaStream_t stream);
 
 }  // namespace armt::cuda

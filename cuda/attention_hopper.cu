@@ -7,6 +7,7 @@
 #include "attention_tiles.cuh"
 #include "check.h"
 #include "hopper.cuh"
+#include "overlap.cuh"
 
 namespace armt::cuda {
 namespace {
@@ -75,9 +76,11 @@ __device__ inline void multiply(float (*d)[4], const uint32_t (&a)[4], uint64_t 
 #endif
 
 template <class T, int dim, int groups>
-__global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(AttendArgs args) {
+__global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_constant__ AttendArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shape<dim, groups>;
+  let_next_kernel_start();
+  wait_for_kernel_before();
   const DevCell& cell = args.batch.cells[blockIdx.z];
   const int first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * S::kRows;  // the longest blocks start first
   if (first >= cell.rows) return;
@@ -120,21 +123,22 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(AttendArgs args
     load_matrices(held[k], queries + S::QueryPlace::at(warp * 16 + lane % 16, k * 16 + lane / 16 * 8));
   }
   // A warpgroup multiplies together: it takes all tiles from the first to the last that any of its 64 rows sees.
+  __shared__ Sight sights_of[S::kRows];
   __shared__ int prev_begin[groups], cur_end[groups];
-  if (threadIdx.x < groups) {
-    prev_begin[threadIdx.x] = cell.prev_rows;
-    cur_end[threadIdx.x] = 0;
+  if (threadIdx.x < S::kRows) {
+    const int r = first + static_cast<int>(threadIdx.x);
+    Sight sight{cell.prev_rows, cell.cur_rows, 0, 0};
+    if (r < cell.rows) sight = sight_of(args.batch.rows[cell.row + r]);
+    sights_of[threadIdx.x] = sight;
   }
   __syncthreads();
-  {
-    int rows[2];
-    Sight sights[2];
-    find_rows(args, cell, first, rows, sights);
-    const int begins = __reduce_min_sync(0xffffffffu, min(sights[0].prev_begin, sights[1].prev_begin));
-    const int ends = __reduce_max_sync(0xffffffffu, max(sights[0].cur_end, sights[1].cur_end));
+  if (warp < groups) {
+    const Sight &a = sights_of[warp * 64 + lane], &b = sights_of[warp * 64 + lane + 32];
+    const int begins = __reduce_min_sync(0xffffffffu, min(a.prev_begin, b.prev_begin));
+    const int ends = __reduce_max_sync(0xffffffffu, max(a.cur_end, b.cur_end));
     if (lane == 0) {
-      atomicMin(&prev_begin[warp / 4], begins);
-      atomicMax(&cur_end[warp / 4], ends);
+      prev_begin[warp] = begins;
+      cur_end[warp] = ends;
     }
   }
   __syncthreads();
@@ -192,9 +196,7 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(AttendArgs args
   const auto weigh = [&](int index) {
     const Tile tile = walk.tile(index);
     if (!tile.full) {
-      int rows[2];
-      Sight sights[2];
-      find_rows(args, cell, first, rows, sights);
+      const Sight sights[2] = {sights_of[warp * 16 + lane / 4], sights_of[warp * 16 + lane / 4 + 8]};
       Softmax<dim>::mask(scores, cell, walk, tile, sights);
     }
     softmax.weigh(scores, scale, keep);
@@ -231,6 +233,8 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(AttendArgs args
   for (int index = end; index < walk.count; ++index) await(index);
   const int rows[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
   softmax.template store<T>(args, cell, rows, head);
+#else
+  __trap();  // built for 9.0 without its own instructions (90 instead of 90a)
 #endif
 }
 
@@ -248,8 +252,7 @@ bool launch(const AttendArgs& args, cudaStream_t stream) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes), "cudaFuncSetAttribute");
   const dim3 grid(static_cast<unsigned>(ceil_div(args.batch.max_cell_rows, S::kRows)), args.q_heads,
                   args.batch.cell_count);
-  kernel<<<grid, S::kThreads, S::kBytes, stream>>>(args);
-  check_launch("attention");
+  launch_overlapped(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args);
   return true;
 }
 

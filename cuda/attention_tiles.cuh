@@ -237,36 +237,42 @@ struct Softmax {
   float out[dim / 8][4] = {};
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 
-  // Scores that are not seen become -infinity.
+  // Scores that are not seen become -infinity. Bit n of seen[i][e] tells of row i, column n * 8 + e of the thread's.
   __device__ static void mask(Scores& scores, const DevCell& cell, const Walk& walk, const Tile& tile,
                               const Sight (&sights)[2]) {
     const int first = tile.begin + threadIdx.x % 4 * 2;
+    uint32_t seen[2][2];
     if (!(tile.previous ? walk.masks_prev : walk.masks_cur)) {
+      const auto below = [&](int col) { return (1u << min(max((col - first + 7) >> 3, 0), kTile / 8)) - 1; };
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int begin = (tile.previous ? sights[i].prev_begin : sights[i].cur_begin) - first;
-        const int end = (tile.previous ? tile.limit : min(sights[i].cur_end, tile.limit)) - first;
+        const int begin = tile.previous ? sights[i].prev_begin : sights[i].cur_begin;
+        const int end = tile.previous ? tile.limit : min(sights[i].cur_end, tile.limit);
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            if (n * 8 + e < begin || n * 8 + e >= end) scores[n][2 * i + e] = -INFINITY;
-          }
-        }
+        for (int e = 0; e < 2; ++e) seen[i][e] = below(end - e) & ~below(begin - e);
       }
-      return;
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int e = k % 2;
+        const Sight& sight = sights[k / 2];
+        uint32_t bits = 0;
+#pragma unroll 1
+        for (int n = 0; n < kTile / 8; ++n) {
+          const int col = first + n * 8 + e;
+          if (col < tile.limit && sees(sight, cell, tile.previous, col)) bits |= 1u << n;
+        }
+        seen[k / 2][e] = bits;
+      }
     }
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int col = first + n * 8 + e % 2;
-        const Sight& sight = sights[e / 2];
-        if (col >= tile.limit || !sees(sight, cell, tile.previous, col)) {
-          scores[n][e] = -INFINITY;
-        } else if (sight.flags & DevRow::kUniform) {
-          scores[n][e] = 0.0f;
-        }
+        float& score = scores[n][e];
+        score = (seen[e / 2][e % 2] >> n & 1) == 0         ? -INFINITY
+                : (sights[e / 2].flags & DevRow::kUniform) ? 0.0f
+                                                           : score;
       }
     }
   }

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "gated.h"
 #include "kernels.h"
+#include "slots.h"
 #include "weights.h"
 #include "workspace.h"
 
@@ -16,21 +17,6 @@ namespace armt::cuda {
 namespace {
 
 constexpr int64_t kProductMemory = int64_t{64} << 20;
-constexpr const char* kFileHint = "; the weights don't fit this configuration: check the model's settings";
-
-template <class Which>
-std::string where(Which which, int64_t layer) {
-  const std::string name = name_of(which);
-  return belongs_to_model(which) ? name : "layer " + std::to_string(layer) + " " + name;
-}
-
-template <class Which>
-void check_layer(Which which, int64_t layer, int64_t layers) {
-  const int64_t count = belongs_to_model(which) ? 1 : layers;
-  if (layer >= 0 && layer < count) return;
-  throw CheckpointError(std::string(name_of(which)) + ": found layer " + std::to_string(layer) +
-                        ", expected one of 0 .. " + std::to_string(count - 1) + kFileHint);
-}
 
 bool dense_rows(const HostMatrix& matrix) {
   return matrix.col_stride == 1 && matrix.row_stride == matrix.cols;
@@ -42,32 +28,11 @@ bool kept_in_float(Vector which) {
          which != Vector::mlp_down_bias;
 }
 
-// Rotation per position of each pair of features: theta^(-2 i / rotary_dims), scaled as the model asks.
-std::vector<float> frequencies_of(const DecoderConfig& decoder) {
-  constexpr double kPi = 3.14159265358979323846;
-  std::vector<float> found;
-  for (int64_t i = 0; i < decoder.rotary_dims / 2; ++i) {
-    double f = std::pow(decoder.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(decoder.rotary_dims));
-    if (decoder.rope_scaling == RopeScaling::linear) f /= decoder.rope_factor;
-    if (decoder.rope_scaling == RopeScaling::llama3) {
-      const double wave = 2.0 * kPi / f, n = decoder.rope_original_length;
-      const double low = decoder.rope_low_freq, high = decoder.rope_high_freq;
-      if (wave > n / low) {
-        f /= decoder.rope_factor;
-      } else if (wave >= n / high) {
-        const double t = (n / wave - low) / (high - low);
-        f = (1.0 - t) * f / decoder.rope_factor + t * f;
-      }
-    }
-    found.push_back(static_cast<float>(f));
-  }
-  return found;
-}
-
 }  // namespace
 
 CudaBackend::CudaBackend(const ModelConfig& config, const BackendOptions& options, int device)
-    : config_(config), dtype_(options.weight_dtype), device_(device), arena_(device) {
+    : config_(config), dtype_(options.weight_dtype), device_(device), arena_(device, options.memory_limit) {
+  arena_.make_room = [this](int64_t bytes) { return make_room(bytes); };
   const DeviceScope scope(device_);
   cudaDeviceProp found{};
   check(cudaGetDeviceProperties(&found, device_), "cudaGetDeviceProperties");
@@ -86,6 +51,7 @@ CudaBackend::CudaBackend(const ModelConfig& config, const BackendOptions& option
                  std::to_string(found.totalGlobalMem >> 30) + " GiB";
   processors_ = found.multiProcessorCount;
   fuses_gate_ = dtype_ == DType::bf16 && std::getenv("ARMT_NO_FUSED_GATE") == nullptr && can_fuse_gate();
+  choose_prefill(options, name);
   lt_ = std::make_unique<Lt>();
   int least = 0, greatest = 0;
   check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
@@ -95,7 +61,8 @@ CudaBackend::CudaBackend(const ModelConfig& config, const BackendOptions& option
   side_.product_memory = DeviceBuffer(arena_, kProductMemory);
   check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "cudaEventCreate");
   check(cudaEventCreateWithFlags(&joined_, cudaEventDisableTiming), "cudaEventCreate");
-  if (const std::vector<float> found_frequencies = frequencies_of(config.decoder); !found_frequencies.empty()) {
+  check(cudaEventCreateWithFlags(&entered_, cudaEventDisableTiming), "cudaEventCreate");
+  if (const std::vector<float> found_frequencies = rotary_frequencies(config.decoder); !found_frequencies.empty()) {
     frequencies_ = DeviceBuffer(arena_, std::ssize(found_frequencies) * 4);
     check(
         cudaMemcpy(frequencies_.data(), found_frequencies.data(), found_frequencies.size() * 4, cudaMemcpyHostToDevice),
@@ -110,7 +77,7 @@ CudaBackend::~CudaBackend() {
   cudaDeviceSynchronize();
   forget_replays();
   if (pinned_ != nullptr) cudaFreeHost(pinned_);
-  for (cudaEvent_t event : {forked_, joined_}) {
+  for (cudaEvent_t event : {forked_, joined_, entered_}) {
     if (event != nullptr) cudaEventDestroy(event);
   }
   for (cudaStream_t stream : {main_.stream, side_.stream}) {
@@ -134,13 +101,8 @@ int64_t CudaBackend::write_width() const {
 void CudaBackend::load(Matrix which, int64_t layer, const HostMatrix& matrix) {
   const Entry entry(*this);
   const int64_t layers = config_.decoder.n_layers;
-  check_layer(which, layer, layers);
+  check_slot(which, layer, matrix, config_);
   const Shape expected = expected_shape(which, config_);
-  if (matrix.rows != expected.rows || matrix.cols != expected.cols) {
-    throw CheckpointError(where(which, layer) + ": found shape [" + std::to_string(matrix.rows) + ", " +
-                          std::to_string(matrix.cols) + "], expected [" + std::to_string(expected.rows) + ", " +
-                          std::to_string(expected.cols) + "]" + kFileHint);
-  }
   // Key, value and gate of a write stand in one matrix.
   const bool joined = which == Matrix::mem_key || which == Matrix::mem_value || which == Matrix::mem_gate;
   DeviceBuffer& buffer = joined ? write_weights_ : matrices_[static_cast<size_t>(which)];
@@ -172,12 +134,7 @@ void CudaBackend::load(Matrix which, int64_t layer, const HostMatrix& matrix) {
 void CudaBackend::load(Vector which, int64_t layer, std::span<const float> values) {
   const Entry entry(*this);
   const int64_t layers = config_.decoder.n_layers;
-  check_layer(which, layer, layers);
-  const int64_t expected = expected_size(which, config_);
-  if (std::ssize(values) != expected) {
-    throw CheckpointError(where(which, layer) + ": found " + std::to_string(values.size()) + " values, expected " +
-                          std::to_string(expected) + kFileHint);
-  }
+  check_slot(which, layer, values, config_);
   const std::vector<char> part = converted(values, kept_in_float(which) ? DType::f32 : dtype_);
   const auto bytes = std::ssize(part);
   DeviceBuffer& buffer = vectors_[static_cast<size_t>(which)];
@@ -192,6 +149,7 @@ void CudaBackend::load(Vector which, int64_t layer, std::span<const float> value
 
 void CudaBackend::finish_loading() {
   const Entry entry(*this);
+  quantise_weights();
   check(cudaDeviceSynchronize(), "loading weights");
 }
 
@@ -199,6 +157,7 @@ int64_t CudaBackend::weight_bytes() const {
   int64_t bytes = write_weights_.bytes();
   for (const DeviceBuffer& matrix : matrices_) bytes += matrix.bytes();
   for (const DeviceBuffer& vector : vectors_) bytes += vector.bytes();
+  for (const QuantisedMatrix& matrix : quantised_) bytes += matrix.values.bytes() + matrix.scales.bytes();
   return bytes;
 }
 

@@ -14,8 +14,10 @@
 
 #include "arena.h"
 #include "backend.h"
+#include "fp8.h"
 #include "lt.h"
 #include "meta.h"
+#include "resting.h"
 #include "staging.h"
 
 namespace armt::cuda {
@@ -48,6 +50,13 @@ class CudaBackend : public Backend {
   void copy(Block& to, const Block& from, int64_t bytes) override;
   void upload(Block& to, int64_t offset, const void* from, int64_t bytes) override;
   void download(const Block& from, int64_t offset, void* to, int64_t bytes) override;
+  int64_t count_nonfinite(std::span<const Floats> values) override;
+  BlockRef allocate_lent(int64_t bytes) override;
+  bool spills() const override { return true; }
+  void use(std::span<const BlockRef> blocks) override;
+  void let_go(std::span<const BlockRef> blocks) noexcept override;
+  int64_t spilled_bytes() const override { return resting_.spilled_bytes(); }
+  uintptr_t stream_handle() const override;
   int64_t kv_page_rows() const override;
   int64_t kv_page_bytes() const override;
   void export_kv(const KvCache& cache, float* k, float* v) override;
@@ -70,6 +79,7 @@ class CudaBackend : public Backend {
   void gather(const Rows& from, std::span<const int64_t> rows, const Rows& to) override;
   void final_norm(const Rows& in, const Rows& out, int64_t count) override;
   void logits(const Rows& hidden, int64_t first, int64_t count, float* out) override;
+  void logits(const Rows& hidden, int64_t first, int64_t count, Block& out, int64_t offset) override;
   bool chooses() const override { return true; }
   void greatest(const Rows& hidden, int64_t first, int64_t count, int32_t* tokens, float* logprobs) override;
   void save_rows(const Rows& from, int64_t first, int64_t count, Block& to) override;
@@ -108,6 +118,8 @@ class CudaBackend : public Backend {
     bool few = false;
     Vector norm = Vector::count;
     Rows norm_in;
+    const void* fp8_rows = nullptr;  // the buffer whose rows lie in scratch.fp8, not in itself
+    bool stores = false;             // attend() stores keys and values itself: store_kv() only takes note
   };
   // The work of a small wave, recorded: replayed for waves of the same shape in the same buffers.
   using ReplayKey = std::vector<int64_t>;
@@ -130,6 +142,9 @@ class CudaBackend : public Backend {
   void build_table(Table& table, Groups groups, std::span<const int64_t> scratch_rows, const DevRow* rows,
                    cudaStream_t stream);
   Part part_of(Groups groups);
+  // The side's stream once the step before the last is done, so that a step is prepared beside the one before it.
+  cudaStream_t entry_stream();
+  void finish_entry(CudaWorkspace& workspace);
   CudaWorkspace& workspace_of(const Rows& residual) const;
 
   // One product per maximal run of groups with equal row counts and constant strides.
@@ -143,11 +158,22 @@ class CudaBackend : public Backend {
     int64_t stack = 0, in_row = 0, out_row = 0, rows = 0;
   };
   void products(std::vector<Span> spans, const Operands& operands, Product base);
-  // Logits of at most logits_rows() rows into logits_memory_.
-  void head(const Rows& hidden, int64_t first, int64_t count);
+  // Logits [count, vocab] float32 to device memory.
+  void head(const Rows& hidden, int64_t first, int64_t count, void* out);
   int64_t logits_rows(int64_t wanted) const;
   void* pinned(int64_t bytes);
+  bool make_room(int64_t bytes);
   bool few_linear(Matrix which, const DevGroup& group, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0,
+                  int64_t c1);
+  // Prefill in 8 bits (fp8.cpp): false where the usual product must do it.
+  void choose_prefill(const BackendOptions& options, const std::string& device);
+  void quantise_weights();
+  Fp8Product fp8_product(Matrix which, int64_t c0, int64_t c1) const;  // as far as the weights say
+  bool takes_fp8(Matrix which, const Part& part) const;
+  int64_t make_fp8_rows();  // the scratch's rows
+  // The norm in 8 bits for the product that reads it next.
+  bool fp8_norm(Vector which, const Part& part, const Rows& in, const Rows& out);
+  bool fp8_linear(Matrix which, const Part& part, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0,
                   int64_t c1);
   ReplayKey replay_key(const CudaWorkspace& workspace, Groups layers) const;
   cudaGraphExec_t record(const std::function<void()>& enqueue);
@@ -166,25 +192,35 @@ class CudaBackend : public Backend {
   std::string description_;
   int processors_ = 0;
   bool fuses_gate_ = false;
+  bool prefill_fp8_ = false;
   mutable std::recursive_mutex mutex_;
   Arena arena_;
+  Resting resting_;
   std::unique_ptr<Lt> lt_;
   Lane main_, side_;
-  cudaEvent_t forked_ = nullptr, joined_ = nullptr;
+  cudaEvent_t forked_ = nullptr, joined_ = nullptr;  // the last step began; its side is done
+  cudaEvent_t entered_ = nullptr;                    // what the next step needs is there
   Staging staging_;
   void* pinned_ = nullptr;  // results on their way to the host
   int64_t pinned_bytes_ = 0;
-  DeviceBuffer logits_memory_, chosen_;
+  DeviceBuffer logits_memory_, chosen_, choice_shares_;
+  DeviceBuffer ranges_;         // of count_nonfinite()
   int64_t unchecked_rows_ = 0;  // entered since the stream was last waited for
 
   // [layers reversed][out][in]; mem_key, mem_value and mem_gate share one: [layers reversed][d_mem + D + gate][D].
   DeviceBuffer matrices_[static_cast<size_t>(Matrix::count)];
   DeviceBuffer vectors_[static_cast<size_t>(Vector::count)];
   DeviceBuffer write_weights_;
+  struct QuantisedMatrix {
+    DeviceBuffer values;  // e4m3, in the order of matrices_
+    DeviceBuffer scales;  // float32, one an output channel
+  };
+  QuantisedMatrix quantised_[static_cast<size_t>(Matrix::count)];
   DeviceBuffer frequencies_;  // [rotary_dims / 2] float32
 
   Active active_;
-  Table main_table_, last_table_;
+  Table step_tables_[2], wave_table_, last_table_;  // of steps, by turns; of small waves; of compacted rows
+  size_t next_table_ = 0;
   std::map<ReplayKey, Replay> replays_;
   std::map<const void*, CudaWorkspace*> workspaces_;  // by residual
 };

@@ -3,16 +3,12 @@
 // A block makes 128 rows by 128 columns of the output. One warp copies tiles to shared memory by the bulk copy engine,
 // two warpgroups multiply: 64 rows by 256 columns each, gate and up side by side, so that both values of an output are
 // in the same thread. Blocks stay and walk over the tiles of all groups.
-#include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <string>
-
 #include "activation.cuh"
-#include "armt/error.h"
 #include "check.h"
 #include "gated.h"
-#include "hopper.cuh"
+#include "tensor_tiles.cuh"
 #include "types.cuh"
 
 namespace armt::cuda {
@@ -33,20 +29,6 @@ struct GatedArgs {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ inline void copy_tile(void* to, const CUtensorMap& map, int col, int row, uint64_t& barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          address_of(to)),
-      "l"(&map), "r"(address_of(&barrier)), "r"(col), "r"(row)
-      : "memory");
-}
-
-// Rows of 64 elements, 128-byte swizzle, groups of eight rows 1024 bytes apart.
-__device__ inline uint64_t descriptor(const void* shared) {
-  return static_cast<uint64_t>(address_of(shared) >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{64} << 32 |
-         uint64_t{1} << 62;
-}
 
 // d [64, 256] = a [64, 16] b [256, 16]^T (+ d unless `fresh`)
 __device__ inline void multiply(float (&d)[128], uint64_t a, uint64_t b, int keep) {
@@ -147,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int s = step % kStages;
       wait_for(filled[s], step / kStages & 1);
       const unsigned char* from = stages + s * kStageBytes;
-      const uint64_t a = descriptor(from + mine * kInBytes / 2), b = descriptor(from + kInBytes);
+      const uint64_t a = tile_descriptor(from + mine * kInBytes / 2), b = tile_descriptor(from + kInBytes);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
       for (int part = 0; part < kDepth / 16; ++part) multiply(d, a + 2 * part, b + 2 * part, k > 0 || part > 0);
@@ -173,28 +155,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 #endif
-}
-
-decltype(&cuTensorMapEncodeTiled) encoder() {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-        "cudaGetDriverEntryPoint");
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-}
-
-// Tiles of 128 rows by 64 columns of a row-major matrix.
-CUtensorMap tiles_of(const void* data, int64_t rows, int64_t cols) {
-  static const auto encode = encoder();
-  CUtensorMap map{};
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(cols) * 2};
-  const cuuint32_t box[2] = {kDepth, kRows}, steps[2] = {1, 1};
-  const CUresult code = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box,
-                               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (code != CUDA_SUCCESS) throw DeviceError("CUDA: cuTensorMapEncodeTiled failed with code " + std::to_string(code));
-  return map;
 }
 
 }  // namespace
@@ -226,8 +186,8 @@ void launch_gated_product(const GatedProduct& product, const Batch& batch, int p
   args.d_ff = static_cast<int>(product.d_ff);
   args.out = static_cast<__nv_bfloat16*>(product.out);
   args.kind = product.kind;
-  const CUtensorMap in = tiles_of(product.in, product.in_rows, product.depth);
-  const CUtensorMap weight = tiles_of(product.weight, product.weight_rows, product.depth);
+  const CUtensorMap in = tiles_of(product.in, product.in_rows, product.depth, 2, kRows);
+  const CUtensorMap weight = tiles_of(product.weight, product.weight_rows, product.depth, 2, kCols);
   gated_kernel<<<processors, kThreads, kSharedBytes, stream>>>(in, weight, args);
   check_launch("gated product");
 }

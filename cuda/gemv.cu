@@ -3,9 +3,7 @@
 #include <algorithm>
 
 #include "activation.cuh"
-#include "check.h"
-#include "gemv.h"
-#include "types.cuh"
+#include "gemv.cuh"
 
 namespace armt::cuda {
 namespace {
@@ -14,17 +12,6 @@ constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kPack = 8, kLoads = 8, kSlab = 32 * kPack * kLoads;
 constexpr int64_t kMostRows = 8, kMostShared = 96 * 1024;
 
-__device__ inline void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // 16 bytes that nobody reads again.
 __device__ inline uint4 load_once(const void* from) {
   uint4 x;
@@ -32,48 +19,6 @@ __device__ inline uint4 load_once(const void* from) {
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from));
   return x;
-}
-
-// Input rows into shared memory, normalised. By all threads.
-template <class T, int rows>
-__device__ void load_rows(const FewProduct& args, T* x) {
-  __shared__ float partial[32];
-  const int depth = static_cast<int>(args.depth), packs = depth / kPack;
-#pragma unroll
-  for (int r = 0; r < rows; ++r) {
-    const T* in = static_cast<const T*>(args.in) + min(r, static_cast<int>(args.rows) - 1) * args.ld_in;
-    T* to = x + r * depth;
-    float sum = 0.0f;
-    for (int p = threadIdx.x; p < packs; p += kThreads) {
-      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(in + p * kPack);
-      *reinterpret_cast<Pack<T>*>(to + p * kPack) = pack;
-      if (args.norm_weight == nullptr) continue;
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) sum += to_float(pack.v[k]) * (args.rms ? to_float(pack.v[k]) : 1.0f);
-    }
-    if (args.norm_weight == nullptr) continue;
-    sum = block_sum(sum, partial) / static_cast<float>(depth);
-    float mean = 0.0f, variance = sum;
-    if (!args.rms) {
-      mean = sum;
-      float squares = 0.0f;
-      for (int i = threadIdx.x * kPack; i < depth; i += kThreads * kPack) {
-#pragma unroll
-        for (int k = 0; k < kPack; ++k) squares += (to_float(to[i + k]) - mean) * (to_float(to[i + k]) - mean);
-      }
-      variance = block_sum(squares, partial) / static_cast<float>(depth);
-    }
-    const float scale = rsqrtf(variance + args.norm_eps);
-    for (int i = threadIdx.x * kPack; i < depth; i += kThreads * kPack) {
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) {
-        float y = (to_float(to[i + k]) - mean) * scale * args.norm_weight[i + k];
-        if (args.norm_bias != nullptr) y += args.norm_bias[i + k];
-        to[i + k] = from_float<T>(y);
-      }
-    }
-  }
-  __syncthreads();
 }
 
 // grid: columns / (warps of a block / warps of a column)
@@ -99,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) few_product_kernel(FewProduct args, 
     }
   }
   wait_for_kernel_before();
-  load_rows<T, rows>(args, x);
+  load_rows<T, rows, kThreads>(args, args.norm_weight, args.norm_bias, x);
   float sum[kSides][rows] = {};
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
@@ -155,17 +100,9 @@ void launch(const FewProduct& product, cudaStream_t stream) {
   const auto kernel = few_product_kernel<T, rows, gated>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared)),
         "cudaFuncSetAttribute");
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ceil_div(product.cols, kWarps / parts)));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(rows * product.depth * static_cast<int64_t>(sizeof(T)));
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, product, parts), "product of few rows");
+  const dim3 grid(static_cast<unsigned>(ceil_div(product.cols, kWarps / parts)));
+  const auto bytes = static_cast<size_t>(rows * product.depth * static_cast<int64_t>(sizeof(T)));
+  launch_overlapped(kernel, grid, dim3(kThreads), bytes, stream, product, parts);
 }
 
 template <class T, bool gated>
@@ -184,7 +121,9 @@ bool few_fits(const FewProduct& product) {
          parts_of(product) <= kWarps && bytes <= kMostShared;
 }
 
-void launch_few_product(DType dtype, const FewProduct& product, cudaStream_t stream) {
+bool launch_few_product(DType dtype, const FewProduct& product, int processors, cudaStream_t stream) {
+  if (launch_streamed_product(dtype, product, processors, stream)) return true;
+  if (product.float_out) return false;
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (sizeof(T) == 2) {
@@ -192,6 +131,7 @@ void launch_few_product(DType dtype, const FewProduct& product, cudaStream_t str
       launch_rows<T, false>(product, stream);
     }
   });
+  return true;
 }
 
 }  // namespace armt::cuda

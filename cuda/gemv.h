@@ -23,12 +23,16 @@ struct FewProduct {
   float norm_eps = 0.0f;
   bool rms = false;
   bool add = false, gated = false, activate = false;
+  bool float_out = false;  // out is float32; not with `gated`
   ActivationKind kind = ActivationKind::silu;
 };
 
 // 16-bit types; false where the sizes do not fit.
 bool few_fits(const FewProduct& product);
-// Overlaps its start, the reading of weights, with the end of the kernel before it.
-void launch_few_product(DType dtype, const FewProduct& product, cudaStream_t stream);
+// Overlaps its start, the reading of weights, with the end of the kernel before it. False, and nothing done, where
+// `float_out` is wanted and only the Hopper form could.
+bool launch_few_product(DType dtype, const FewProduct& product, int processors, cudaStream_t stream);
+// The form for Hopper GPUs; false, and nothing done, elsewhere and where rows need too much shared memory.
+bool launch_streamed_product(DType dtype, const FewProduct& product, int processors, cudaStream_t stream);
 
 }  // namespace armt::cuda

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "kernels.h"
+#include "overlap.cuh"
 #include "types.cuh"
 #include "workspace.h"
 
@@ -76,6 +77,8 @@ bool stores_packs(const KvShape& shape, bool normed) {
 // The same, 16 bytes of a key and of the value beside it a thread. grid: packs of all rows, groups
 template <class T>
 __global__ void store_packs(Batch batch, View qkv, KvShape shape, const float* k_norm, const float2* angles) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   constexpr int kCount = Pack<T>::kCount;
   const DevGroup& group = batch.groups[blockIdx.y];
   if (group.rows == 0) return;
@@ -174,6 +177,10 @@ void CudaBackend::store_kv(Groups groups, const Rows& qkv) {
   const Entry entry(*this);
   const Part part = part_of(groups);
   if (part.batch.max_group_rows == 0) return;
+  if (active_.few && part.batch.max_cell_rows == 1) {
+    active_.stores = true;
+    return;
+  }
   const KvShape shape = shape_of(config_, kv_row(), kv_page_rows());
   const float* k_norm = vectors_[static_cast<size_t>(Vector::k_norm)].as<float>();
   const auto group_count = static_cast<unsigned>(part.batch.group_count);
@@ -183,7 +190,7 @@ void CudaBackend::store_kv(Groups groups, const Rows& qkv) {
     if (stores_packs<T>(shape, k_norm != nullptr)) {
       const int64_t packs = int64_t{part.batch.max_group_rows} * shape.heads * (shape.head_dim / Pack<T>::kCount);
       const dim3 grid(static_cast<unsigned>(ceil_div(packs, 256)), group_count);
-      store_packs<T><<<grid, 256, 0, stream()>>>(part.batch, view(qkv), shape, k_norm, angles);
+      launch_overlapped(store_packs<T>, grid, dim3(256), 0, stream(), part.batch, view(qkv), shape, k_norm, angles);
     } else {
       const dim3 grid(part.batch.max_group_rows, group_count);
       store_kernel<T><<<grid, kWarps * 32, 0, stream()>>>(part.batch, view(qkv), shape, k_norm, angles);

@@ -6,10 +6,10 @@
 #include "gated.h"
 #include "gemv.h"
 #include "kernels.h"
+#include "slots.h"
 #include "workspace.h"
 
 namespace armt::cuda {
-namespace {
 
 Vector bias_of(Matrix which) {
   switch (which) {
@@ -25,8 +25,6 @@ Vector bias_of(Matrix which) {
       return Vector::count;
   }
 }
-
-}  // namespace
 
 void CudaBackend::products(std::vector<Span> spans, const Operands& operands, Product base) {
   std::erase_if(spans, [](const Span& span) { return span.rows == 0; });
@@ -80,6 +78,8 @@ void CudaBackend::linear(Matrix which, Groups groups, const Rows& in, const Rows
   const bool gated = activate && decoder.gated_mlp;
 
   if (active_.few && few_linear(which, part.groups.front(), in, out, epilogue, c0, c1)) return;
+
+  if (fp8_linear(which, part, in, out, epilogue, c0, c1)) return;
 
   if (gated && fuses_gate_ && gate_fits(part.batch.max_group_rows, in.width, decoder.d_ff) &&
       vectors_[static_cast<size_t>(Vector::mlp_up_bias)].data() == nullptr) {
@@ -160,12 +160,12 @@ bool CudaBackend::few_linear(Matrix which, const DevGroup& group, const Rows& in
       return values != nullptr ? values + group.stack * depth : nullptr;
     };
     product.norm_weight = vector(active_.norm);
-    product.norm_bias = vector(active_.norm == Vector::norm1 ? Vector::norm1_bias : Vector::norm2_bias);
+    product.norm_bias = vector(norm_bias(active_.norm));
     product.norm_eps = static_cast<float>(config_.decoder.norm_eps);
     product.rms = config_.decoder.norm == NormKind::rms;
   }
   if (!few_fits(product)) return false;
-  launch_few_product(dtype_, product, stream());
+  launch_few_product(dtype_, product, processors_, stream());
   active_.norm_in = {};
   return true;
 }

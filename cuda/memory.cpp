@@ -1,4 +1,4 @@
-// Blocks of state, the buffers of a running call, and run() itself.
+// The buffers of a running call, and run() itself.
 #include <algorithm>
 #include <cstring>
 
@@ -28,41 +28,8 @@ int64_t ring_slots(int64_t in_flight, int64_t slot_bytes) {
 
 CudaWorkspace::~CudaWorkspace() {
   const std::lock_guard lock(backend.mutex_);
+  if (entering) cudaStreamSynchronize(backend.side_.stream);
   backend.workspaces_.erase(residual.data);
-}
-
-BlockRef CudaBackend::allocate(int64_t bytes) {
-  auto block = std::make_shared<Block>();
-  block->data = arena_.take(bytes);
-  block->bytes = bytes;
-  block->release = [this](Block& released) {
-    arena_.give(released.data);
-    count_block(-released.bytes);
-  };
-  count_block(bytes);
-  return block;
-}
-
-void CudaBackend::copy(Block& to, const Block& from, int64_t bytes) {
-  const Entry entry(*this);
-  check(cudaMemcpyAsync(to.data, from.data, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, main_.stream),
-        "cudaMemcpyAsync");
-}
-
-void CudaBackend::upload(Block& to, int64_t offset, const void* from, int64_t bytes) {
-  const Entry entry(*this);
-  check(cudaMemcpyAsync(static_cast<char*>(to.data) + offset, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
-                        main_.stream),
-        "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(main_.stream), "upload");
-}
-
-void CudaBackend::download(const Block& from, int64_t offset, void* to, int64_t bytes) {
-  const Entry entry(*this);
-  check(cudaMemcpyAsync(to, static_cast<const char*>(from.data) + offset, static_cast<size_t>(bytes),
-                        cudaMemcpyDeviceToHost, main_.stream),
-        "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(main_.stream), "download");
 }
 
 std::unique_ptr<Workspace> CudaBackend::make_workspace(int64_t slots, int64_t slot_rows) {
@@ -136,7 +103,45 @@ int64_t mask_bytes(const Cell& cell) {
          (cell.prev_visible != nullptr ? cell.state->previous.rows : 0);
 }
 
+// Where the parts of a table lie.
+struct TableLayout {
+  int64_t groups = 0, cells = 0, pages = 0, masks = 0, bytes = 0;
+
+  explicit TableLayout(Groups of) {
+    int64_t cell_count = 0, page_count = 0, mask_count = 0;
+    for (const Group& group : of) {
+      cell_count += std::ssize(group.cells);
+      for (const Cell& cell : group.cells) {
+        page_count += pages_of(cell);
+        mask_count += mask_bytes(cell);
+      }
+    }
+    Layout layout;
+    groups = layout.add<DevGroup>(std::ssize(of));
+    cells = layout.add<DevCell>(cell_count);
+    pages = layout.add<void*>(page_count);
+    masks = layout.add<uint8_t>(mask_count);
+    bytes = layout.bytes();
+  }
+};
+
+int64_t table_bytes(Groups groups) {
+  return TableLayout(groups).bytes;
+}
+
 }  // namespace
+
+cudaStream_t CudaBackend::entry_stream() {
+  check(cudaStreamWaitEvent(side_.stream, forked_), "cudaStreamWaitEvent");
+  return side_.stream;
+}
+
+void CudaBackend::finish_entry(CudaWorkspace& workspace) {
+  if (!workspace.entering) return;
+  check(cudaEventRecord(entered_, side_.stream), "cudaEventRecord");
+  check(cudaStreamWaitEvent(main_.stream, entered_), "cudaStreamWaitEvent");
+  workspace.entering = false;
+}
 
 void CudaBackend::build_table(Table& table, Groups groups, std::span<const int64_t> scratch_rows, const DevRow* rows,
                               cudaStream_t stream) {
@@ -145,28 +150,20 @@ void CudaBackend::build_table(Table& table, Groups groups, std::span<const int64
   table.writers.clear();
   table.cell_rows.clear();
   table.cell_keys.clear();
-  int64_t cells = 0, pages = 0, masks = 0;
   for (const Group& group : groups) {
-    cells += std::ssize(group.cells);
     Writers writers;
-    for (const Cell& cell : group.cells) {
-      pages += pages_of(cell);
-      masks += mask_bytes(cell);
-      writers.count += writes(cell);
-    }
+    for (const Cell& cell : group.cells) writers.count += writes(cell);
     table.writers.push_back(writers);
   }
   // The order of stacked weights: so that the products of a write are one batch.
   for (size_t g = groups.size() - 1; g-- > 0;) {
     table.writers[g].first = table.writers[g + 1].first + table.writers[g + 1].count;
   }
-  Layout layout;
-  const int64_t groups_at = layout.add<DevGroup>(std::ssize(groups));
-  const int64_t cells_at = layout.add<DevCell>(cells);
-  int64_t page_at = layout.add<void*>(pages);
-  int64_t mask_at = layout.add<uint8_t>(masks);
-  grow(arena_, table.memory, layout.bytes());
-  char* host = staging_.reserve(layout.bytes());
+  const TableLayout layout(groups);
+  const int64_t groups_at = layout.groups, cells_at = layout.cells;
+  int64_t page_at = layout.pages, mask_at = layout.masks;
+  grow(arena_, table.memory, layout.bytes);
+  char* host = staging_.reserve(layout.bytes);
   char* device = table.memory.data();
 
   const auto add_pages = [&](const KvCache& cache) {
@@ -223,7 +220,7 @@ void CudaBackend::build_table(Table& table, Groups groups, std::span<const int64
     std::memcpy(host + groups_at + g * sizeof(DevGroup), &out, sizeof(out));
     table.host.push_back(out);
   }
-  staging_.upload(device, layout.bytes(), stream);
+  staging_.upload(device, layout.bytes, stream);
   table.batch.groups = reinterpret_cast<const DevGroup*>(device + groups_at);
   table.batch.cells = reinterpret_cast<const DevCell*>(device + cells_at);
   table.batch.rows = rows;
@@ -284,12 +281,20 @@ void CudaBackend::run(Workspace& workspace, Groups groups, const std::function<v
   std::vector<int64_t> scratch_rows;
   for (const Group& group : together) scratch_rows.push_back((group.row_begin - oldest + ring) % ring);
   if (apart) scratch_rows.push_back(0);
-  build_table(main_table_, groups, scratch_rows, ws.row_meta.as<DevRow>(), main_.stream);
+  // The table before the last is no longer read when the side's stream may write it.
+  Table& table = step_tables_[next_table_];
+  next_table_ ^= 1;
+  const bool beside = ws.chains > 1 && table.memory.bytes() >= table_bytes(groups);
+  ws.entering = ws.entering || beside;
+  build_table(table, groups, scratch_rows, ws.row_meta.as<DevRow>(), beside ? entry_stream() : main_.stream);
+  finish_entry(ws);
+  ws.busy.clear();
+  for (const Group& group : groups) ws.busy.push_back(group.row_begin);
 
-  active_ = {.workspace = &ws, .scratch = &ws.main, .lane = &main_, .whole = &main_table_};
+  active_ = {.workspace = &ws, .scratch = &ws.main, .lane = &main_, .whole = &table};
+  check(cudaEventRecord(forked_, main_.stream), "cudaEventRecord");
   if (apart) {
     reset.joined = false;
-    check(cudaEventRecord(forked_, main_.stream), "cudaEventRecord");
     check(cudaStreamWaitEvent(side_.stream, forked_), "cudaStreamWaitEvent");
     active_.lane = &side_;
     active_.scratch = &ws.side;

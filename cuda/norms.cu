@@ -1,5 +1,7 @@
 // Norms of rows: a warp a row where the row fits into its registers, else a block a row.
 #include "check.h"
+#include "overlap.cuh"
+#include "slots.h"
 #include "types.cuh"
 #include "workspace.h"
 
@@ -153,6 +155,8 @@ __device__ void with_norm_row(const NormRows& rows, int64_t index, const Body& b
 // A block a row.
 template <class T, bool rms>
 __global__ void norm_kernel(NormRows rows) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   with_norm_row<T>(rows, blockIdx.x, [&](const T* in, T* out, const float* weight, const float* bias) {
     norm_row<T, rms>(in, out, weight, bias, rows.width, rows.eps);
   });
@@ -161,6 +165,8 @@ __global__ void norm_kernel(NormRows rows) {
 // A warp a row.
 template <class T, bool rms, int kPacks>
 __global__ void __launch_bounds__(kThreads) norm_warp_kernel(NormRows rows) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   with_norm_row<T>(rows, index, [&](const T* in, T* out, const float* weight, const float* bias) {
     norm_row_by_warp<T, rms, kPacks>(in, out, weight, bias, rows.width, rows.eps);
@@ -180,11 +186,11 @@ void launch_norm(const NormRows& rows, int64_t count, int64_t groups, cudaStream
   const int64_t packs = ceil_div(rows.width, 32 * Pack<T>::kCount);  // of a lane
   const auto by_warp = [&](auto kernel) {
     const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads / 32)), static_cast<unsigned>(groups));
-    kernel<<<grid, kThreads, 0, stream>>>(rows);
+    launch_overlapped(kernel, grid, dim3(kThreads), 0, stream, rows);
   };
   if (rows.width % Pack<T>::kCount != 0 || packs > 16) {
     const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(groups));
-    norm_kernel<T, rms><<<grid, norm_threads(rows.width, sizeof(T)), 0, stream>>>(rows);
+    launch_overlapped(norm_kernel<T, rms>, grid, dim3(norm_threads(rows.width, sizeof(T))), 0, stream, rows);
   } else if (packs <= 2) {
     by_warp(norm_warp_kernel<T, rms, 2>);
   } else if (packs <= 4) {
@@ -208,17 +214,6 @@ void launch_norm(DType dtype, NormKind kind, const NormRows& rows, int64_t count
   });
 }
 
-Vector norm_bias(Vector norm) {
-  switch (norm) {
-    case Vector::norm1:
-      return Vector::norm1_bias;
-    case Vector::norm2:
-      return Vector::norm2_bias;
-    default:
-      return Vector::final_norm_bias;
-  }
-}
-
 }  // namespace
 
 void CudaBackend::norm(Vector which, Groups groups, const Rows& in, const Rows& out) {
@@ -230,6 +225,7 @@ void CudaBackend::norm(Vector which, Groups groups, const Rows& in, const Rows& 
   }
   const Part part = part_of(groups);
   if (part.batch.max_group_rows == 0) return;
+  if (fp8_norm(which, part, in, out)) return;
   const NormRows rows = {.in = view(in),
                          .out = view(out),
                          .groups = part.batch.groups,

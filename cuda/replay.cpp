@@ -14,14 +14,14 @@ constexpr size_t kMostReplays = 64;
 
 CudaBackend::ReplayKey CudaBackend::replay_key(const CudaWorkspace& ws, Groups layers) const {
   ReplayKey key;
-  for (const DeviceBuffer* buffer : {&main_table_.memory, &ws.residual_rows, &ws.row_meta, &ws.angles, &ws.main.hidden,
+  for (const DeviceBuffer* buffer : {&wave_table_.memory, &ws.residual_rows, &ws.row_meta, &ws.angles, &ws.main.hidden,
                                      &ws.main.qkv, &ws.main.context, &ws.main.ff, &ws.main.gated, &ws.main.read_query,
                                      &ws.main.read_phi, &ws.main.read_matrix, &ws.main.partial, &ws.main.counters}) {
     key.push_back(reinterpret_cast<int64_t>(buffer->data()));
   }
   key.push_back(layers.front().row_begin);
-  for (int32_t rows : main_table_.cell_rows) key.push_back(rows);
-  for (int32_t keys : main_table_.cell_keys) key.push_back(keys);
+  for (int32_t rows : wave_table_.cell_rows) key.push_back(rows);
+  for (int32_t keys : wave_table_.cell_keys) key.push_back(keys);
   for (const Group& group : layers) {
     for (const Cell& cell : group.cells) key.push_back(cell.state->memory.written());
   }
@@ -62,9 +62,11 @@ void CudaBackend::run_wave(Workspace& workspace, Groups layers,
     Active& active;
     ~Reset() { active = {}; }
   } reset{active_};
-  build_table(main_table_, layers, std::vector<int64_t>(layers.size(), 0), ws.row_meta.as<DevRow>(), main_.stream);
-  for (int32_t& keys : main_table_.cell_keys) keys = (keys + kKeyStep - 1) / kKeyStep * kKeyStep;
-  active_ = {.workspace = &ws, .scratch = &ws.main, .lane = &main_, .whole = &main_table_};
+  finish_entry(ws);
+  ws.busy.clear();
+  build_table(wave_table_, layers, std::vector<int64_t>(layers.size(), 0), ws.row_meta.as<DevRow>(), main_.stream);
+  for (int32_t& keys : wave_table_.cell_keys) keys = (keys + kKeyStep - 1) / kKeyStep * kKeyStep;
+  active_ = {.workspace = &ws, .scratch = &ws.main, .lane = &main_, .whole = &wave_table_};
   const int64_t width = config_.decoder.d_model;
   active_.few = dtype_ != DType::f32 &&
                 few_fits({.rows = layers.front().row_count, .cols = width, .depth = width, .ld_in = width});

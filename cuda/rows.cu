@@ -185,7 +185,11 @@ void CudaBackend::embed(const Group& group, const Rows& out) {
     }
   }
   DevRow* there = ws.row_meta.as<DevRow>() + group.row_begin;
-  staging_.upload(there, bytes, main_.stream);
+  // Beside the last step, unless that still works on these rows' place.
+  const bool beside = ws.chains > 1 && !ws.busy.empty() && std::ranges::find(ws.busy, group.row_begin) == ws.busy.end();
+  const cudaStream_t stream = beside ? entry_stream() : main_.stream;
+  ws.entering = ws.entering || beside;
+  staging_.upload(there, bytes, stream);
   const int64_t half = config_.decoder.rotary_dims / 2;
   const auto matrix = [&](Matrix which) { return matrices_[static_cast<size_t>(which)].data(); };
   const Sources sources = {.embedding = matrix(Matrix::embedding),
@@ -198,7 +202,7 @@ void CudaBackend::embed(const Group& group, const Rows& out) {
                            .width = static_cast<int>(width)};
   dispatch(dtype_, [&](auto type) {
     using T = typename decltype(type)::type;
-    embed_kernel<<<static_cast<unsigned>(group.row_count), kThreads, 0, main_.stream>>>(
+    embed_kernel<<<static_cast<unsigned>(group.row_count), kThreads, 0, stream>>>(
         there, static_cast<T*>(out.data) + group.row_begin * width, sources);
   });
   check_launch("embed");

@@ -10,6 +10,8 @@ struct CudaScratch {
   Scratch rows;
   DeviceBuffer hidden, qkv, context, ff;
   DeviceBuffer gated;        // [rows, 2 d_ff]: gate and up before the activation
+  DeviceBuffer fp8;          // [rows, widest input of a dense layer] e4m3
+  DeviceBuffer fp8_scale;    // [rows] float32
   DeviceBuffer read_query;   // [rows, d_mem] float32
   DeviceBuffer read_phi;     // [rows, h, padded F], divided by the denominator
   DeviceBuffer read_matrix;  // [cells, h, F, E] bfloat16: rounded memories
@@ -28,7 +30,9 @@ struct CudaWorkspace : Workspace {
   ~CudaWorkspace() override;
 
   CudaBackend& backend;
-  int64_t chains = 0;  // waves in flight
+  int64_t chains = 0;         // waves in flight
+  std::vector<int64_t> busy;  // first rows of the last step's groups; empty: unknown
+  bool entering = false;      // the side's stream is at work on the next step's rows or table
   DeviceBuffer residual_rows, last_rows, normed_rows;
   DeviceBuffer row_meta;   // DevRow [slots * slot_rows]
   DeviceBuffer last_meta;  // DevRow [slot_rows]
@@ -43,6 +47,9 @@ struct CudaBackend::Entry {
   std::lock_guard<std::recursive_mutex> lock;
   DeviceScope scope;
 };
+
+// The bias that goes with a dense layer's matrix; count: none.
+Vector bias_of(Matrix which);
 
 // Makes `buffer` at least `bytes` large; its content is lost.
 inline void grow(Arena& arena, DeviceBuffer& buffer, int64_t bytes) {

@@ -13,9 +13,11 @@ FILES = (
     "_core/__init__.pyi",
     "_core/testing.pyi",
     "demo/material.json",
-    "models/babilong-qa1/config.json",
-    "models/babilong-qa1/model.safetensors",
-    "models/babilong-qa1/tokenizer.json",
+    "models/babilong/config.json",
+    "models/babilong/model.safetensors",
+    "models/babilong/tokenizer.json",
+    "models/retrieval/config.json",
+    "models/retrieval/model.safetensors",
     "server/page.html",
 )
 

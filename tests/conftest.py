@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEFAULT_CONFORMANCE = SHARED / "conformance"
 DEFAULT_CHECKPOINTS = SHARED / "checkpoints"
+DEFAULT_DATA = SHARED / "data"
 
 # A test that takes one of these arguments runs once for every item found.
 FINDERS: dict[str, Callable[[Path], Sequence[Any]]] = {
@@ -44,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="folder with trained checkpoints (default: ../shared/checkpoints if it exists)",
+    )
+    parser.addoption(
+        "--data",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder with the folders babi and books (default: ../shared/data if it exists)",
     )
     parser.addoption(
         "--long-run",
@@ -97,6 +105,33 @@ def trained(pytestconfig: pytest.Config) -> Callable[[str], Path]:
         return directory / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """A folder of published data by name; the test is skipped where there is none."""
+    asked: Path | None = pytestconfig.getoption("--data")
+    directory = DEFAULT_DATA if asked is None else asked.resolve()
+
+    def find(name: str) -> Path:
+        if not (directory / name).is_dir():
+            pytest.skip(f"no data {directory / name} (use --data)")
+        return directory / name
+
+    return find
+
+
+@pytest.fixture
+def invoke(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs one command line in this process: exit code, standard output, standard error."""
+    from armt.cli.app import run
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = run([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Line and branch coverage of cpp/ (gcov) and python/armt (coverage.py) by the tests:
 #   bash tests/coverage.sh [--build DIR] [pytest arguments ...]
-# Needs g++ with gcov, and pytest, hypothesis, coverage, gcovr, pybind11 in the Python that runs. CUDA is not measured.
+# Needs g++ with gcov, and pytest, hypothesis, coverage >= 7.10, gcovr >= 8.4, pybind11 in the Python that runs. CUDA is not measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${TMPDIR:-/tmp}/armt-coverage
@@ -25,18 +25,36 @@ cp "$build"/cpp/cpp/bindings/_core*.so "$face/"
 for program in backend_test kernels_test schedule_test session_test threads_test; do "$build/cpp/tests/cpp/$program"; done
 tests=("$@")
 [ ${#tests[@]} -eq 0 ] && tests=(tests/python)
+# "subprocess": also what the tests start as programs of their own (the command line, the server).
+cat >"$build/coveragerc" <<C
+[run]
+branch = true
+source = $face
+data_file = $build/python.coverage
+parallel = true
+patch = subprocess
+C
+rm -f "$build"/python.coverage*
 status=0
-COVERAGE_FILE=$build/python.coverage PYTHONPATH=$build/face "$python" -m coverage run --branch \
-  --source="$face" -m pytest -q -p no:cacheprovider "${tests[@]}" || status=$?
+PYTHONPATH=$build/face "$python" -m coverage run --rcfile="$build/coveragerc" -m pytest -q -p no:cacheprovider \
+  "${tests[@]}" || status=$?
 
 echo "== python/armt"
-COVERAGE_FILE=$build/python.coverage "$python" -m coverage report --skip-covered | tail -40
+"$python" -m coverage combine --rcfile="$build/coveragerc" --quiet
+"$python" -m coverage report --rcfile="$build/coveragerc" --skip-covered
+"$python" -m coverage json --rcfile="$build/coveragerc" --quiet -o "$build/python.json"
 echo "== cpp"
-"$python" -m gcovr --root . --filter 'cpp/' --exclude-throw-branches --exclude-unreachable-branches \
+# --merge-lines: a line of a template counts once, not once for each tile shape and type it is compiled for.
+"$python" -m gcovr --root . --filter 'cpp/' --merge-lines --exclude-throw-branches --exclude-unreachable-branches \
   --gcov-ignore-parse-errors=all --gcov-ignore-errors=all "$build/cpp/cpp" --json-summary "$build/cpp.json" --txt-metric branch --txt -
-"$python" - "$build/cpp.json" <<'P'
+"$python" - "$build/cpp.json" "$build/python.json" <<'P'
 import json, sys
-s = json.load(open(sys.argv[1]))
-print(f"cpp: lines {s['line_percent']} %, branches {s['branch_percent']} %")
+cpp, package = (json.load(open(name)) for name in sys.argv[1:])
+lines, branches = (100 * cpp[f"{kind}_covered"] / cpp[f"{kind}_total"] for kind in ("line", "branch"))
+print(f"cpp/: lines {lines:.1f} %, branches {branches:.1f} %")
+t = package["totals"]
+lines = 100 * t["covered_lines"] / t["num_statements"]
+branches = 100 * t["covered_branches"] / t["num_branches"]
+print(f"python/armt: lines {lines:.1f} %, branches {branches:.1f} %")
 P
 exit $status

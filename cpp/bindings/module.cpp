@@ -30,6 +30,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   armt::bindings::bind_safetensors(m);
   armt::bindings::bind_state(m);
   armt::bindings::bind_engine(m);
+  armt::bindings::bind_dlpack(m);
   armt::bindings::bind_session(m);
   armt::bindings::bind_testing(m);
 }

@@ -5,6 +5,7 @@
 
 namespace armt::bindings {
 
+void bind_dlpack(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_session(pybind11::module_& m);
 void bind_state(pybind11::module_& m);

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "arrays.h"
+#include "dlpack.h"
 #include "hooks.h"
 #include "module.h"
 #include "state.h"
@@ -47,10 +48,19 @@ struct Prepared {
   }
 };
 
-LogitsArrays run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::array>>& rows,
-                      const std::string& logits, bool one_segment, bool write, bool grow, const py::object& progress) {
-  if (rows.empty()) return {};
-  const LogitsWanted wanted = logits_from(logits);
+using SessionRows = std::vector<std::pair<std::shared_ptr<Session>, py::array>>;
+
+void check_call(const Call& call, const Session& session) {
+  const int64_t size = session.engine()->config().memory.segment_size;
+  if (call.tokens.empty()) throw InvalidArgument("token ids: the input is empty, expected at least one token");
+  if (call.one_segment && std::ssize(call.tokens) > size) {
+    throw InvalidArgument("step: found " + std::to_string(call.tokens.size()) +
+                          " tokens, expected at most segment_size = " + std::to_string(size) +
+                          "; use feed() for longer input");
+  }
+}
+
+Prepared prepared_calls(const SessionRows& rows, LogitsWanted wanted, bool one_segment, bool write, bool grow) {
   Prepared prepared;
   prepared.ids.reserve(rows.size());
   for (const auto& [session, tokens] : rows) {
@@ -60,20 +70,46 @@ LogitsArrays run_many(const std::vector<std::pair<std::shared_ptr<Session>, py::
     call.one_segment = one_segment;
     call.write = write;
     call.grow = grow;
-    const int64_t size = session->engine()->config().memory.segment_size;
-    if (call.tokens.empty()) throw InvalidArgument("token ids: the input is empty, expected at least one token");
-    if (one_segment && std::ssize(call.tokens) > size) {
-      throw InvalidArgument("step: found " + std::to_string(call.tokens.size()) +
-                            " tokens, expected at most segment_size = " + std::to_string(size) +
-                            "; use feed() for longer input");
-    }
+    check_call(call, *session);
   }
+  return prepared;
+}
+
+LogitsArrays run_many(const SessionRows& rows, const std::string& logits, bool one_segment, bool write, bool grow,
+                      const py::object& progress) {
+  if (rows.empty()) return {};
+  Prepared prepared = prepared_calls(rows, logits_from(logits), one_segment, write, grow);
   const RunHooks hooks = make_hooks(progress);
   {
     py::gil_scoped_release release;
     run_calls(*rows.front().first->engine(), prepared.calls, hooks);
   }
   return prepared.logits;
+}
+
+// The same with logits that stay on the device.
+std::vector<DeviceArray> run_on_device(const SessionRows& rows, const std::string& logits, bool one_segment, bool write,
+                                       const py::object& progress) {
+  if (rows.empty()) return {};
+  const LogitsWanted wanted = logits_from(logits);
+  if (wanted == LogitsWanted::none) throw InvalidArgument("logits: found 'none', expected last or all");
+  Prepared prepared = prepared_calls(rows, LogitsWanted::none, one_segment, write, false);
+  std::vector<DeviceArray> arrays;
+  arrays.reserve(rows.size());
+  for (Call& call : prepared.calls) {
+    const std::shared_ptr<Engine>& engine = call.session->engine();
+    std::vector<int64_t> shape = {engine->config().decoder.vocab_size};
+    if (wanted == LogitsWanted::all) shape.insert(shape.begin(), std::ssize(call.tokens));
+    arrays.emplace_back(engine, std::move(shape));
+    call.logits = wanted;
+    call.logits_block = &arrays.back().block();
+  }
+  const RunHooks hooks = make_hooks(progress);
+  {
+    py::gil_scoped_release release;
+    run_calls(*rows.front().first->engine(), prepared.calls, hooks);
+  }
+  return arrays;
 }
 
 // The stateless call of one row each: cuts and mask as given, an own session a row.
@@ -189,6 +225,8 @@ void bind_session(py::module_& m) {
       .def_property_readonly("version", [](const Session& s) { return s.progress().version; });
   m.def("run_many", &run_many, py::arg("rows"), py::arg("logits"), py::arg("one_segment"), py::arg("write"),
         py::arg("grow"), py::arg("progress"));
+  m.def("run_on_device", &run_on_device, py::arg("rows"), py::arg("logits"), py::arg("one_segment"), py::arg("write"),
+        py::arg("progress"));
   m.def("forward", &forward, py::arg("rows"), py::arg("cuts"), py::arg("attention"), py::arg("logits"),
         py::arg("close_last"), py::arg("windowed"), py::arg("progress"));
   m.def("choose", &choose, py::arg("sessions"), py::arg("params"));

@@ -72,6 +72,7 @@ enum class Vector : uint8_t {
 // Device memory with shared ownership; copies of a state share blocks until one of them writes.
 struct Block {
   void* data = nullptr;
+  void* spilled = nullptr;  // host memory that holds the content while `data` is null, because nobody uses the block
   int64_t bytes = 0;
   std::function<void(Block&)> release;
   Block() = default;
@@ -82,6 +83,16 @@ struct Block {
   }
 };
 using BlockRef = std::shared_ptr<Block>;
+
+// `count` float32 values from byte `offset` of a block on.
+struct Floats {
+  const Block* block = nullptr;
+  int64_t offset = 0;
+  int64_t count = 0;
+};
+
+// Infinities and NaNs among values in host memory.
+int64_t count_nonfinite(std::span<const float> values);
 
 // Statistics of the last write of one layer, kept behind z: mean, least and greatest gamma; mean beta.
 inline constexpr int64_t kWriteStats = 4;
@@ -201,9 +212,22 @@ class Backend {
   // ---- memory, thread-safe. Throws OutOfMemory.
   virtual BlockRef allocate(int64_t bytes) = 0;
   int64_t block_bytes() const { return block_bytes_.load(std::memory_order_relaxed); }  // of all blocks that live
+  // Memory that other libraries may read on streams of their own: freed when nothing on the device can be at it.
+  virtual BlockRef allocate_lent(int64_t bytes) { return allocate(bytes); }
+  // A device may move blocks that nobody uses to host memory when it is full. A new block is in use until it is let go;
+  // use() brings blocks back (OutOfMemory: none is in use then), and each call of it is ended by one of let_go().
+  // download() and upload() reach a block wherever it is; all other operations want blocks in use.
+  virtual bool spills() const { return false; }
+  virtual void use([[maybe_unused]] std::span<const BlockRef> blocks) {}
+  virtual void let_go([[maybe_unused]] std::span<const BlockRef> blocks) noexcept {}
+  virtual int64_t spilled_bytes() const { return 0; }
+  // The stream that orders all work, as DLPack names it; 0: none.
+  virtual uintptr_t stream_handle() const { return 0; }
   virtual void copy(Block& to, const Block& from, int64_t bytes) = 0;
   virtual void upload(Block& to, int64_t offset, const void* from, int64_t bytes) = 0;
   virtual void download(const Block& from, int64_t offset, void* to, int64_t bytes) = 0;
+  // Infinities and NaNs in all of them together.
+  virtual int64_t count_nonfinite(std::span<const Floats> values) = 0;
   virtual int64_t kv_page_rows() const = 0;
   virtual int64_t kv_page_bytes() const = 0;
   // Rows [0, cache.rows) as k, v [rows, Hkv, c] float32.
@@ -255,6 +279,8 @@ class Backend {
   virtual void final_norm(const Rows& in, const Rows& out, int64_t count) = 0;  // from their origins on
   // `out` [count, vocab] float32 in host memory; `hidden` rows first .. first+count-1 counted from its origin.
   virtual void logits(const Rows& hidden, int64_t first, int64_t count, float* out) = 0;
+  // The same to byte `offset` of a block.
+  virtual void logits(const Rows& hidden, int64_t first, int64_t count, Block& out, int64_t offset) = 0;
   // Whether greatest() is there; otherwise the host chooses from logits().
   virtual bool chooses() const { return false; }
   // Of each of those rows: the token with the greatest logit (the lowest id among equals) and its log softmax.
@@ -276,8 +302,10 @@ class Backend {
 struct BackendOptions {
   std::string device = "cpu";  // "cpu", "cuda", "cuda:1", "auto"
   DType weight_dtype = DType::f32;
-  int64_t threads = 0;   // CPU: 0 = all cores
-  std::string isa = "";  // CPU: "" = best available; "baseline", "avx2", "avx512"
+  int64_t memory_limit = 0;  // bytes of device memory; 0: what there is. GPUs only
+  bool prefill_fp8 = false;  // dense layers of long inputs in 8 bits, on GPUs that can
+  int64_t threads = 0;       // CPU: 0 = all cores
+  std::string isa = "";      // CPU: "" = best available; "baseline", "avx2", "avx512"
 };
 
 std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOptions& options);

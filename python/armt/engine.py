@@ -13,22 +13,25 @@ import numpy.typing as npt
 from armt import _core
 from armt.checkpoint import Checkpoint, load_checkpoint
 from armt.errors import InvalidArgument, StateError
-from armt.ids import TokenIds, as_array, as_ids
+from armt.ids import TokenIds, as_array, as_ids, fetched, on_gpu
 from armt.models import place
 from armt.progress import ProgressLike, reporting
 from armt.session import (
     FloatArray,
     Logits,
+    LogitsOn,
     Sampling,
     Session,
     StepOutput,
     StopRule,
     check_seed,
+    run_rows,
 )
 
 DType: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule: TypeAlias = Literal["auto", "sequential", "diagonal"]
 OnNonfinite: TypeAlias = Literal["raise", "ignore"]
+PrefillDType: TypeAlias = Literal["same", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Engine:
         schedule: Schedule = "auto",
         isa: str = "",
         on_nonfinite: OnNonfinite = "raise",
+        prefill_dtype: PrefillDType = "same",
+        memory_limit: int = 0,
         adapter: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> Engine:
@@ -71,6 +76,11 @@ class Engine:
         instruction set ("baseline", "avx2", "avx512"). ``adapter`` is a separate LoRA folder.
         ``on_nonfinite="raise"`` turns infinities and NaNs that a call wrote or is about to hand out
         into a NonFiniteError; "ignore" only counts them (``stats()["nonfinite"]``).
+        ``prefill_dtype="fp8"`` reads long inputs with 8-bit dense layers: faster and less exact,
+        for bfloat16 weights on GPUs of compute capability 9.0; a DeviceError elsewhere.
+        ``memory_limit`` is the most bytes of a GPU's memory that the engine takes, 0: what there
+        is. When it is used up, states of sessions that rest move to host memory and come back when
+        they are used; OutOfMemory is raised when even that does not help.
         ``overrides`` give facts that a bare state dict lacks (``dialect=``, ``segment_size=`` ...).
 
         Raises CheckpointError for anything wrong with the files, DeviceError for the device.
@@ -84,6 +94,8 @@ class Engine:
             schedule=schedule,
             isa=isa,
             on_nonfinite=on_nonfinite,
+            prefill_dtype=prefill_dtype,
+            memory_limit=memory_limit,
         )
 
     @classmethod
@@ -97,6 +109,8 @@ class Engine:
         schedule: Schedule = "auto",
         isa: str = "",
         on_nonfinite: OnNonfinite = "raise",
+        prefill_dtype: PrefillDType = "same",
+        memory_limit: int = 0,
     ) -> Engine:
         """An engine over a checkpoint that :func:`load_checkpoint` has read; options as for
         :meth:`from_pretrained`."""
@@ -113,6 +127,8 @@ class Engine:
             schedule=schedule,
             isa=isa,
             on_nonfinite=on_nonfinite,
+            prefill_dtype=prefill_dtype,
+            memory_limit=memory_limit,
         )
         for tensor in checkpoint.tensors():
             if tensor.array.ndim == 2:
@@ -140,6 +156,11 @@ class Engine:
         return self._core.dtype
 
     @property
+    def prefill_dtype(self) -> str:
+        """ "fp8", or "same" where long inputs are read in the weights' type."""
+        return self._core.prefill_dtype
+
+    @property
     def vocab_size(self) -> int:
         """Ids run from 0 to vocab_size - 1."""
         return self._core.vocab_size
@@ -158,8 +179,9 @@ class Engine:
         """Counters since the engine was made: tokens, segments, calls and the seconds in them.
 
         ``call_seconds`` has last, p50, p99 and greatest of the last 1,024 calls that read tokens (a
-        step, feed or generated token each); ``state_bytes`` what all live states hold on the
-        device, shared parts once; ``weight_bytes`` the weights; ``nonfinite`` how many infinities
+        step, feed or generated token each); ``state_bytes`` what all live states hold, shared parts
+        once; ``spilled_bytes`` how much of that lies in host memory, because the GPU's is full;
+        ``weight_bytes`` the weights; ``nonfinite`` how many infinities
         and NaNs were found so far.
         """
         return self._core.stats()
@@ -185,10 +207,12 @@ class Engine:
             self._stream = self.session()
         return self._stream
 
-    def step(self, segment: TokenIds, *, logits: Logits = "last") -> StepOutput:
+    def step(
+        self, segment: TokenIds, *, logits: Logits = "last", logits_on: LogitsOn = "host"
+    ) -> StepOutput:
         """Reads 1 .. segment_size tokens as one segment of the engine's own stream; memory is
         written."""
-        return self.stream.step(segment, logits=logits)
+        return self.stream.step(segment, logits=logits, logits_on=logits_on)
 
     def reset(self) -> None:
         """Empties the stream behind :meth:`step`."""
@@ -198,25 +222,37 @@ class Engine:
     # ---------------------------------------------------------- many sessions
 
     def step_many(
-        self, rows: Iterable[tuple[Session, TokenIds]], *, logits: Logits = "last"
+        self,
+        rows: Iterable[tuple[Session, TokenIds]],
+        *,
+        logits: Logits = "last",
+        logits_on: LogitsOn = "host",
     ) -> list[StepOutput]:
         """One :meth:`Session.step` for each (session, ids), in one batched pass, all or nothing.
 
         Each result is bit-equal (CPU) to stepping that session alone.
         """
-        return self._run_many(rows, logits=logits, one_segment=True, write=True, progress=None)
+        return self._run_many(
+            rows, logits=logits, logits_on=logits_on, one_segment=True, write=True, progress=None
+        )
 
     def feed_many(
         self,
         rows: Iterable[tuple[Session, TokenIds]],
         *,
         logits: Logits = "none",
+        logits_on: LogitsOn = "host",
         write: bool = True,
         progress: ProgressLike = None,
     ) -> list[StepOutput]:
         """One :meth:`Session.feed` for each (session, ids) of any lengths, in one batched pass."""
         return self._run_many(
-            rows, logits=logits, one_segment=False, write=write, progress=progress
+            rows,
+            logits=logits,
+            logits_on=logits_on,
+            one_segment=False,
+            write=write,
+            progress=progress,
         )
 
     def _run_many(
@@ -224,15 +260,22 @@ class Engine:
         rows: Iterable[tuple[Session, TokenIds]],
         *,
         logits: Logits,
+        logits_on: LogitsOn,
         one_segment: bool,
         write: bool,
         progress: ProgressLike,
     ) -> list[StepOutput]:
-        pairs = [(self._own(session), as_ids(ids)) for session, ids in rows]
+        pairs = [(self._own(session), as_ids(ids, engine=self._core)) for session, ids in rows]
         total = sum(len(ids) for _, ids in pairs)
         with reporting(progress, total=total) as report:
-            outputs = _core.run_many(pairs, logits, one_segment, write, False, report)
-        return [StepOutput(out, len(ids)) for out, (_, ids) in zip(outputs, pairs, strict=True)]
+            return run_rows(
+                pairs,
+                logits=logits,
+                logits_on=logits_on,
+                one_segment=one_segment,
+                write=write,
+                report=report,
+            )
 
     def generate_many(
         self,
@@ -317,8 +360,8 @@ class Engine:
         alignment says, and its last segment is closed; padded rows run and write as in the
         published code. No session is touched.
         """
-        ids = _as_batch(input_ids)
-        masks = _as_masks(attention_mask, ids)
+        ids = _as_batch(input_ids, self._core)
+        masks = _as_masks(attention_mask, ids, self._core)
         cuts = segment_lengths(ids.shape[1], self.segment_size, self._checkpoint.segment_alignment)
         cores = [_core.Session(self._core) for _ in ids]
         with reporting(progress, total=ids.size) as report:
@@ -357,7 +400,7 @@ class Engine:
         on the left), or a list of rows of unequal length; a row's answer is that of the row alone.
         Rows that ended early are filled with ``pad_token_id``.
         """
-        prompts = _as_prompts(input_ids, attention_mask)
+        prompts = _as_prompts(input_ids, attention_mask, self._core)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         params = sampling.compiled()
         if max_new_tokens < 0:
@@ -402,8 +445,8 @@ def segment_lengths(tokens: int, size: int, alignment: str) -> list[int]:
     return lengths + ([rest % size] if rest % size else [])
 
 
-def _as_batch(input_ids: Any) -> npt.NDArray[Any]:
-    ids = as_array(input_ids, name="input_ids")
+def _as_batch(input_ids: Any, engine: _core.Engine) -> npt.NDArray[Any]:
+    ids = as_array(input_ids, name="input_ids", engine=engine)
     if ids.ndim == 1:
         ids = ids[None, :]
     if ids.ndim != 2:
@@ -411,10 +454,12 @@ def _as_batch(input_ids: Any) -> npt.NDArray[Any]:
     return ids
 
 
-def _as_masks(attention_mask: Any, ids: npt.NDArray[Any]) -> list[bytes]:
+def _as_masks(attention_mask: Any, ids: npt.NDArray[Any], engine: _core.Engine) -> list[bytes]:
     """One byte a token for each row; empty if nothing is padded."""
     if attention_mask is None:
         return []
+    if on_gpu(attention_mask):
+        attention_mask = fetched(attention_mask, "attention_mask", engine)
     mask = np.asarray(attention_mask)
     if mask.ndim == 1:
         mask = mask[None, :]
@@ -428,14 +473,18 @@ def _as_masks(attention_mask: Any, ids: npt.NDArray[Any]) -> list[bytes]:
     return [row.astype(np.uint8).tobytes() for row in real]
 
 
-def _as_prompts(input_ids: Any, attention_mask: Any) -> list[npt.NDArray[Any]]:
+def _as_prompts(
+    input_ids: Any, attention_mask: Any, engine: _core.Engine
+) -> list[npt.NDArray[Any]]:
     """The rows without their padding."""
     ragged = isinstance(input_ids, (list, tuple)) and len(input_ids) > 0
     ragged = ragged and not isinstance(input_ids[0], (int, np.integer))
     if ragged and attention_mask is None:
-        return [as_ids(row, name=f"input_ids row {i}") for i, row in enumerate(input_ids)]
-    ids = _as_batch(input_ids)
-    masks = _as_masks(attention_mask, ids)
+        return [
+            as_ids(row, name=f"input_ids row {i}", engine=engine) for i, row in enumerate(input_ids)
+        ]
+    ids = _as_batch(input_ids, engine)
+    masks = _as_masks(attention_mask, ids, engine)
     if not masks:
         return list(ids)
     rows = [row[np.frombuffer(mask, np.uint8) != 0] for row, mask in zip(ids, masks, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -12,13 +12,14 @@ import numpy.typing as npt
 
 from armt import _core
 from armt.errors import InvalidArgument, StateError
-from armt.ids import TokenIds, as_ids
+from armt.ids import IdArray, TokenIds, as_ids
 from armt.progress import ProgressLike, reporting
 
 if TYPE_CHECKING:
     from armt.engine import Engine
 
 Logits: TypeAlias = Literal["none", "last", "all"]
+LogitsOn: TypeAlias = Literal["host", "device"]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 
@@ -30,6 +31,9 @@ class StepOutput:
     """``last``: [vocab]; ``all``: [tokens, vocab], float32; ``none``: None."""
     tokens: int
     """Tokens read by the call."""
+    device_logits: _core.DeviceArray | None = None
+    """The same in the engine's device memory, in place of ``logits``, if ``logits_on="device"``:
+    for ``torch.from_dlpack``, which copies nothing."""
 
 
 @dataclass(frozen=True)
@@ -181,28 +185,52 @@ class Session:
         tokens: TokenIds,
         *,
         logits: Logits = "none",
+        logits_on: LogitsOn = "host",
         write: bool = True,
         progress: ProgressLike = None,
     ) -> StepOutput:
         """Reads ``tokens`` [tokens], any number of them, into the stream.
 
+        ``logits_on="device"`` leaves the logits in the engine's device memory.
+
         The last segment stays open, even when it is exactly full. With ``write=False`` the session
         is left as it was. All or nothing: after any error, Ctrl-C included, the session is as
         before the call.
         """
-        ids = as_ids(tokens)
+        ids = as_ids(tokens, engine=self._engine._core)
         with reporting(progress, total=len(ids)) as report:
-            (out,) = _core.run_many([(self._core, ids)], logits, False, write, False, report)
-        return StepOutput(out, len(ids))
+            (out,) = run_rows(
+                [(self._core, ids)],
+                logits=logits,
+                logits_on=logits_on,
+                one_segment=False,
+                write=write,
+                report=report,
+            )
+        return out
 
-    def step(self, segment: TokenIds, *, logits: Logits = "last", write: bool = True) -> StepOutput:
+    def step(
+        self,
+        segment: TokenIds,
+        *,
+        logits: Logits = "last",
+        logits_on: LogitsOn = "host",
+        write: bool = True,
+    ) -> StepOutput:
         """Reads 1 .. segment_size tokens as one whole segment and closes it.
 
         An open segment from before is closed first.
         """
-        ids = as_ids(segment)
-        (out,) = _core.run_many([(self._core, ids)], logits, True, write, False, None)
-        return StepOutput(out, len(ids))
+        ids = as_ids(segment, engine=self._engine._core)
+        (out,) = run_rows(
+            [(self._core, ids)],
+            logits=logits,
+            logits_on=logits_on,
+            one_segment=True,
+            write=write,
+            report=None,
+        )
+        return out
 
     def close_segment(self) -> None:
         """Writes the open segment to memory; does nothing if none is open."""
@@ -260,7 +288,7 @@ class Session:
         is NaN if the session had read nothing. The tokens are read into the session unless
         ``write=False``.
         """
-        ids = as_ids(tokens)
+        ids = as_ids(tokens, engine=self._engine._core)
         with reporting(progress, total=len(ids)) as report:
             return self._core.score(ids, write, report)
 
@@ -309,6 +337,27 @@ class Session:
         if self.closed:
             return "<armt.Session closed>"
         return f"<armt.Session tokens={self.tokens} segments={self.segments}>"
+
+
+def run_rows(
+    rows: Sequence[tuple[_core.Session, IdArray]],
+    *,
+    logits: Logits,
+    logits_on: LogitsOn,
+    one_segment: bool,
+    write: bool,
+    report: Callable[[int], object] | None,
+) -> list[StepOutput]:
+    """One batched pass over compiled sessions and their ids; logits where the caller wants them."""
+    if logits_on not in ("host", "device"):
+        raise InvalidArgument(f"logits_on: found {logits_on!r}, expected host or device")
+    if logits_on == "device" and logits != "none":
+        arrays = _core.run_on_device(rows, logits, one_segment, write, report)
+        return [
+            StepOutput(None, len(ids), array) for array, (_, ids) in zip(arrays, rows, strict=True)
+        ]
+    outputs = _core.run_many(rows, logits, one_segment, write, False, report)
+    return [StepOutput(out, len(ids)) for out, (_, ids) in zip(outputs, rows, strict=True)]
 
 
 def check_seed(seed: int) -> int:

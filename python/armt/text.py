@@ -139,6 +139,18 @@ class Tokenizer:
         """Token ids [tokens] of ``sentence`` where it follows other text and a space."""
         return self._after(".", " " + sentence)
 
+    def encode_many_inside(self, sentences: Sequence[str]) -> list[Ids]:
+        """``encode_inside`` of each, on all cores."""
+        before = len(self._ids("."))
+        texts = [". " + sentence for sentence in sentences]
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        rows = [np.array(encoding.ids, np.int32) for encoding in found]
+        dot = self._ids(".")
+        return [
+            row[before:] if row[:before].tolist() == dot else self.encode_inside(sentence)
+            for row, sentence in zip(rows, sentences, strict=True)
+        ]
+
     @property
     def start_ids(self) -> Ids:
         """Token ids that are put before any text, such as a start-of-text token; often none."""

@@ -11,6 +11,7 @@
 #include "armt/error.h"
 #include "check.h"
 #include "cpu/cpu_backend.h"
+#include "slots.h"
 
 // Under a sanitizer an allocation that is too large must fail as it does without one.
 extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
@@ -54,7 +55,7 @@ struct Weights {
   std::vector<std::vector<float>> matrices[2], vectors[2];  // by layer and kind
 };
 
-HostMatrix view(const std::vector<float>& values, const cpu::Shape& shape) {
+HostMatrix view(const std::vector<float>& values, const Shape& shape) {
   return {values.data(), DType::f32, shape.rows, shape.cols, shape.cols, 1};
 }
 
@@ -70,14 +71,14 @@ Weights load_all(CpuBackend& backend, bool with_head) {
   for (int64_t layer = 0; layer < 2; ++layer) {
     for (int i = 0; i < static_cast<int>(Matrix::count); ++i) {
       const auto which = static_cast<Matrix>(i);
-      const cpu::Shape shape = cpu::expected_shape(which, backend.config());
+      const Shape shape = expected_shape(which, backend.config());
       weights.matrices[layer].push_back(normal(shape.rows * shape.cols));
       if (!in_layer(which, layer) || (which == Matrix::head && !with_head)) continue;
       backend.load(which, layer, view(weights.matrices[layer].back(), shape));
     }
     for (int i = 0; i < static_cast<int>(Vector::count); ++i) {
       const auto which = static_cast<Vector>(i);
-      weights.vectors[layer].push_back(normal(cpu::expected_size(which, backend.config())));
+      weights.vectors[layer].push_back(normal(expected_size(which, backend.config())));
       if (in_layer(which, layer)) backend.load(which, layer, weights.vectors[layer].back());
     }
   }

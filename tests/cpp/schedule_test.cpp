@@ -8,8 +8,8 @@
 
 #include "armt/error.h"
 #include "check.h"
-#include "cpu/weights.h"
 #include "engine/session.h"
+#include "slots.h"
 
 namespace {
 
@@ -51,7 +51,7 @@ std::shared_ptr<Engine> make_engine(const ModelConfig& config, Schedule schedule
   for (int64_t layer = 0; layer < config.decoder.n_layers; ++layer) {
     for (int i = 0; i < static_cast<int>(Matrix::count); ++i) {
       const auto which = static_cast<Matrix>(i);
-      const cpu::Shape shape = cpu::expected_shape(which, config);
+      const Shape shape = expected_shape(which, config);
       if (shape.rows * shape.cols == 0 || which == Matrix::sink) continue;
       if (layer > 0 && which >= Matrix::head) continue;
       const auto values = normal(shape.rows * shape.cols, 0.7 / std::sqrt(static_cast<double>(shape.cols)));
@@ -61,7 +61,7 @@ std::shared_ptr<Engine> make_engine(const ModelConfig& config, Schedule schedule
       const auto which = static_cast<Vector>(i);
       if (which == Vector::q_norm || which == Vector::k_norm) continue;
       if (layer > 0 && which >= Vector::final_norm) continue;
-      engine->load(which, layer, normal(cpu::expected_size(which, config), 0.5));
+      engine->load(which, layer, normal(expected_size(which, config), 0.5));
     }
   }
   engine->finish_loading();

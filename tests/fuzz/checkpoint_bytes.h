@@ -57,7 +57,7 @@ inline std::vector<uint8_t> right_file(const ModelConfig& config) {
   for (int i = 0; i < static_cast<int>(Matrix::count); ++i) {
     const auto which = static_cast<Matrix>(i);
     if (!wanted(which, config)) continue;
-    const cpu::Shape shape = cpu::expected_shape(which, config);
+    const Shape shape = expected_shape(which, config);
     for (int64_t l = 0; l < (per_layer(which) ? config.decoder.n_layers : 1); ++l) {
       add(tensor_text("m" + std::to_string(i) + "." + std::to_string(l), {shape.rows, shape.cols}, data));
     }
@@ -66,7 +66,7 @@ inline std::vector<uint8_t> right_file(const ModelConfig& config) {
     const auto which = static_cast<Vector>(i);
     if (!wanted(which, config)) continue;
     for (int64_t l = 0; l < (per_layer(which) ? config.decoder.n_layers : 1); ++l) {
-      add(tensor_text("v" + std::to_string(i) + "." + std::to_string(l), {cpu::expected_size(which, config)}, data));
+      add(tensor_text("v" + std::to_string(i) + "." + std::to_string(l), {expected_size(which, config)}, data));
     }
   }
   header += "}";

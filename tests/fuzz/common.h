@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "armt/error.h"
-#include "cpu/weights.h"
 #include "engine/engine.h"
 #include "engine/session.h"
+#include "slots.h"
 
 namespace fuzz {
 
@@ -101,7 +101,7 @@ inline void load_weights(armt::Engine& engine) {
     }
   };
   each(armt::Matrix::count, [&](armt::Matrix which, int64_t layer) {
-    const auto shape = armt::cpu::expected_shape(which, config);
+    const auto shape = armt::expected_shape(which, config);
     const auto values =
         weights(static_cast<uint64_t>(which) * 64 + static_cast<uint64_t>(layer), shape.rows * shape.cols);
     armt::HostMatrix matrix;
@@ -115,7 +115,7 @@ inline void load_weights(armt::Engine& engine) {
   });
   each(armt::Vector::count, [&](armt::Vector which, int64_t layer) {
     engine.load(which, layer,
-                weights(4096 + static_cast<uint64_t>(which) * 64, armt::cpu::expected_size(which, config)));
+                weights(4096 + static_cast<uint64_t>(which) * 64, armt::expected_size(which, config)));
   });
   engine.finish_loading();
 }

@@ -159,6 +159,7 @@ def test_demo(invoke: Invoke) -> None:
     code, out, err = invoke("demo", "--tokens", 8000, "--questions", 6, "--device", "cpu")
     assert code == 0 and out.count("Where is") == 6
     assert "6 of 6 right" in out or "5 of 6 right" in out
+    assert "read back unchanged" in out and "What this shows" in out
     assert "tokens/s" in out and "CPU" in out and "float32" in out
     assert err.count("\n") == 1, "a progress bar in a pipe"
     code, out, err = invoke("demo", "--tokens", 8000, "--questions", 6, "--json")
@@ -169,8 +170,8 @@ def test_demo(invoke: Invoke) -> None:
 
 def test_info(invoke: Invoke) -> None:
     code, out, _ = invoke("info", "demo")
-    assert code == 0 and "paper" in out and "512 tokens" in out and "d_model 64" in out
-    code, out, _ = invoke("info", "babilong-qa1", "--json")
+    assert code == 0 and "modern" in out and "512 tokens" in out and "d_model 128" in out
+    code, out, _ = invoke("info", "babilong", "--json")
     assert code == 0 and json.loads(out)["segment_size"] == 512
 
 

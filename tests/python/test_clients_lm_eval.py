@@ -13,7 +13,7 @@ import pytest
 import armt
 from armt.demo.grammar import PLACES
 from armt.models import resolve
-from armt.tasks.babi import Problem, make_problems, make_sentences
+from armt.tasks.babi import Item, generate_many, make_sentences
 
 lm_eval = pytest.importorskip("lm_eval", reason='needs the extra "lm-eval"')
 pytest.importorskip("tokenizers", reason='needs the extra "text"')
@@ -36,14 +36,16 @@ def logprobs(logits: Any) -> Any:
     return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
 
 
-def text(problem: Problem, seed: int = 0) -> str:
+def text(problem: Item, seed: int = 0) -> str:
     """Facts with prose between them, and the prompt."""
     prose = make_sentences(200, seed)
-    parts = [" ".join([fact, *prose[9 * i : 9 * i + 9]]) for i, fact in enumerate(problem.facts)]
+    parts = [
+        " ".join([fact, *prose[9 * i : 9 * i + 9]]) for i, fact in enumerate(problem.sentences)
+    ]
     return " ".join(parts) + f" {problem.question}<gen>"
 
 
-PROBLEMS = make_problems(12, seed=4)
+PROBLEMS = generate_many("qa1", 12, seed=4)
 
 
 def test_loglikelihood_is_that_of_the_whole_sequence(model: ArmtLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ import pytest
 import armt
 from armt.demo import exam, grammar
 from armt.demo.exam import Result, examine, peak_memory
-from armt.demo.story import Story, answer_text, material, people, question
+from armt.demo.story import (
+    Story,
+    answer_text,
+    check_material,
+    material,
+    people,
+    question,
+)
 from armt.models import DEFAULT, resolve
 
 
@@ -29,6 +37,9 @@ class Stopwatch:
 
     def resume(self) -> None:
         pass
+
+    def note(self, resident: int, state: int) -> None:
+        assert resident > 1 << 20 and state > 0
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +124,7 @@ def test_the_demo_remembers_in_constant_memory(engine: armt.Engine) -> None:
     clock = Stopwatch()
     result = examine(engine, tokens=30_000, questions=10, moves=6, seed=5, clock=clock)
     assert result.passed and len(result.answers) == 10
+    assert result.saved.same and result.saved.at == 15_000 < result.saved.file_bytes
     assert result.tokens == 30_000 == clock.seen[-1]
     assert clock.seen == sorted(clock.seen)
     assert result.segments == -(-30_000 // engine.segment_size)
@@ -120,6 +132,36 @@ def test_the_demo_remembers_in_constant_memory(engine: armt.Engine) -> None:
     assert abs(result.state_bytes[0] - result.state_bytes[1]) <= 8 * engine.segment_size
     assert max(a.tokens_ago for a in result.answers) > 10 * engine.segment_size
     assert {a.asked_at for a in result.answers} == {10_000, 20_000, 30_000}
+
+
+def test_a_session_goes_through_a_file(engine: armt.Engine) -> None:
+    story = Story(3000, 2, seed=6)
+    straight, saved = engine.session(), engine.session()
+    first, second = story.read(1300), story.read(1700)
+    straight.feed(first)
+    saved.feed(first)
+    later, found = exam.through_a_file(saved)
+    assert saved.closed and found.same and found.at == 1300
+    straight.feed(second)
+    later.feed(second)
+    assert later.state.to_bytes() == straight.state.to_bytes()
+    np.testing.assert_array_equal(later.logits, straight.logits)
+
+
+def test_moves_are_counted() -> None:
+    story = Story(20_000, 10, seed=1)
+    told(story, 512)
+    for person in people():
+        fact = story.last_fact(person)
+        assert fact is not None
+        assert story.told_before(fact) == sum(f.person == person for f in story.facts) - 1
+
+
+def test_material_belongs_to_the_tokenizer(tmp_path: Path) -> None:
+    check_material(resolve(DEFAULT))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(armt.CheckpointError, match="build_material"):
+        check_material(tmp_path)
 
 
 def test_questions_leave_no_trace(engine: armt.Engine) -> None:

@@ -33,7 +33,7 @@ def prepare_guide(folder: Path) -> dict[str, Any]:
     """A book to read, and what the part about inspection takes as given."""
     (folder / "book.txt").write_text("It was late. The rain had ceased. " * 200)
     rng = np.random.default_rng(0)
-    return {"layer": 1, "key": rng.standard_normal(32), "candidates": rng.standard_normal((5, 64))}
+    return {"layer": 1, "key": rng.standard_normal(64), "candidates": rng.standard_normal((5, 128))}
 
 
 def prepare_formats(folder: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ ALLOWED = {
     "cpp/src/schedule": ("armt/", "backend.h", "layers/", "engine/plan.h", "engine/stream.h"),
     "cpp/src/engine": ("armt/", "backend.h", "layers/", "schedule/"),
     "cpp/src/checkpoint": ("armt/", "backend.h", "engine/"),
-    "cpp/src/cpu": ("armt/", "backend.h"),
-    "cuda": ("armt/", "backend.h"),
+    "cpp/src/cpu": ("armt/", "backend.h", "slots.h"),
+    "cuda": ("armt/", "backend.h", "slots.h"),
 }
 NO_DEVICE = re.compile(r"cuda|pybind11|#\s*ifdef", re.IGNORECASE)
 

@@ -241,8 +241,8 @@ def test_the_form_of_llama_cpp(server: Live) -> None:
 
 def test_models(reader: Live) -> None:
     (model,) = reader.get("/v1/models").json()["data"]
-    assert model["id"] == "babilong-qa1"
-    assert reader.get("/v1/models/babilong-qa1").json() == model
+    assert model["id"] == "babilong"
+    assert reader.get("/v1/models/babilong").json() == model
     assert reader.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
 
 

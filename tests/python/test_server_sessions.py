@@ -202,8 +202,10 @@ def test_memory_of_each_layer(server: Live) -> None:
     for layer in layers:
         values, mass = state.memory(layer["layer"])
         assert layer["norm"] == pytest.approx(float(np.linalg.norm(values)), rel=1e-6)
-        assert layer["key_mass"] == pytest.approx(float(np.abs(mass).sum()), rel=1e-6)
-        assert layer["written"] is True and layer["last_write"]["mean_gamma"] is not None
+        mass_of = None if mass is None else pytest.approx(float(np.abs(mass).sum()), rel=1e-6)
+        assert layer["key_mass"] == mass_of
+        assert layer["written"] is True
+        assert layer["last_write"]["mean_beta"] is not None
 
 
 def test_a_version_can_be_asked_for(server: Live) -> None:

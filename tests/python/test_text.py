@@ -108,7 +108,7 @@ def _backend(kind: str) -> Any:
     return _sentencepiece(pre)
 
 
-EMBEDDED = Path(armt.__file__).parent / "models" / "babilong-qa1" / "tokenizer.json"
+EMBEDDED = Path(armt.__file__).parent / "models" / "babilong" / "tokenizer.json"
 
 
 @cache

@@ -4,36 +4,10 @@
 #include <cstring>
 
 #include "armt/error.h"
+#include "slots.h"
 
 namespace armt::cpu {
 namespace {
-
-constexpr const char* kFileHint = "; the weights don't fit this configuration: check the model's settings";
-
-bool belongs_to_model(Matrix which) {
-  return which >= Matrix::head;
-}
-bool belongs_to_model(Vector which) {
-  return which >= Vector::final_norm;
-}
-
-template <class Which>
-std::string where(Which which, int64_t layer) {
-  const std::string name = name_of(which);
-  return belongs_to_model(which) ? name : "layer " + std::to_string(layer) + " " + name;
-}
-
-template <class Which>
-void check_layer(Which which, int64_t layer, int64_t layers) {
-  if (layer >= 0 && layer < (belongs_to_model(which) ? 1 : layers)) return;
-  throw CheckpointError(std::string(name_of(which)) + ": found layer " + std::to_string(layer) +
-                        ", expected one of 0 .. " + std::to_string(belongs_to_model(which) ? 0 : layers - 1) +
-                        kFileHint);
-}
-
-std::string text(const Shape& shape) {
-  return "[" + std::to_string(shape.rows) + ", " + std::to_string(shape.cols) + "]";
-}
 
 DType checked(DType weight_dtype) {
   if (weight_dtype != DType::f16) return weight_dtype;
@@ -79,12 +53,7 @@ const float* CpuBackend::vector(Vector which, int64_t layer) const {
 }
 
 void CpuBackend::load(Matrix which, int64_t layer, const HostMatrix& matrix) {
-  check_layer(which, layer, config_.decoder.n_layers);
-  const Shape expected = expected_shape(which, config_);
-  if (matrix.rows != expected.rows || matrix.cols != expected.cols) {
-    throw CheckpointError(where(which, layer) + ": found shape " + text({matrix.rows, matrix.cols}) + ", expected " +
-                          text(expected) + kFileHint);
-  }
+  check_slot(which, layer, matrix, config_);
   switch (which) {
     case Matrix::positions:
       positions_ = plain_rows(matrix);
@@ -104,13 +73,8 @@ void CpuBackend::load(Matrix which, int64_t layer, const HostMatrix& matrix) {
 }
 
 void CpuBackend::load(Vector which, int64_t layer, std::span<const float> values) {
-  check_layer(which, layer, config_.decoder.n_layers);
-  const int64_t expected = expected_size(which, config_);
-  if (std::ssize(values) != expected) {
-    throw CheckpointError(where(which, layer) + ": found " + std::to_string(values.size()) + " values, expected " +
-                          std::to_string(expected) + kFileHint);
-  }
-  Buffer buffer(expected * static_cast<int64_t>(sizeof(float)));
+  check_slot(which, layer, values, config_);
+  Buffer buffer(static_cast<int64_t>(values.size_bytes()));
   std::memcpy(buffer.data(), values.data(), values.size_bytes());
   layers_[layer].vectors[static_cast<size_t>(which)] = std::move(buffer);
 }
@@ -121,8 +85,8 @@ void CpuBackend::finish_loading() {
     if (!there) missing += (missing.empty() ? "" : ", ") + name;
   };
   for (int64_t layer = 0; layer < config_.decoder.n_layers; ++layer) {
-    for (Matrix which : required_matrices(config_)) require(!matrix(which, layer).empty(), where(which, layer));
-    for (Vector which : required_vectors(config_)) require(vector(which, layer) != nullptr, where(which, layer));
+    for (Matrix which : required_matrices(config_)) require(!matrix(which, layer).empty(), slot_name(which, layer));
+    for (Vector which : required_vectors(config_)) require(vector(which, layer) != nullptr, slot_name(which, layer));
   }
   require(!matrix(Matrix::embedding, 0).empty(), "embedding");
   require(vector(Vector::final_norm, 0) != nullptr, "final_norm");

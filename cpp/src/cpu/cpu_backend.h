@@ -37,6 +37,7 @@ class CpuBackend : public Backend {
   void copy(Block& to, const Block& from, int64_t bytes) override;
   void upload(Block& to, int64_t offset, const void* from, int64_t bytes) override;
   void download(const Block& from, int64_t offset, void* to, int64_t bytes) override;
+  int64_t count_nonfinite(std::span<const Floats> values) override;
   int64_t kv_page_rows() const override;
   int64_t kv_page_bytes() const override;
   void export_kv(const KvCache& cache, float* k, float* v) override;
@@ -60,6 +61,9 @@ class CpuBackend : public Backend {
   void gather(const Rows& from, std::span<const int64_t> rows, const Rows& to) override;
   void final_norm(const Rows& in, const Rows& out, int64_t count) override;
   void logits(const Rows& hidden, int64_t first, int64_t count, float* out) override;
+  void logits(const Rows& hidden, int64_t first, int64_t count, Block& out, int64_t offset) override {
+    logits(hidden, first, count, reinterpret_cast<float*>(static_cast<char*>(out.data) + offset));
+  }
   void save_rows(const Rows& from, int64_t first, int64_t count, Block& to) override;
   void load_rows(const Block& from, int64_t count, const Rows& to, int64_t first) override;
 

@@ -97,6 +97,15 @@ void CpuBackend::download(const Block& from, int64_t offset, void* to, int64_t b
   std::memcpy(to, static_cast<const char*>(from.data) + offset, static_cast<size_t>(bytes));
 }
 
+int64_t CpuBackend::count_nonfinite(std::span<const Floats> values) {
+  int64_t count = 0;
+  for (const Floats& floats : values) {
+    const char* data = static_cast<const char*>(floats.block->data) + floats.offset;
+    count += armt::count_nonfinite({reinterpret_cast<const float*>(data), static_cast<size_t>(floats.count)});
+  }
+  return count;
+}
+
 std::unique_ptr<Workspace> CpuBackend::make_workspace(int64_t slots, int64_t slot_rows) {
   auto workspace = std::make_unique<CpuWorkspace>();
   const int64_t width = config_.decoder.d_model;

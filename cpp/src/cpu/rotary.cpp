@@ -2,37 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
 
 #include "cpu/cpu_backend.h"
+#include "slots.h"
 
 namespace armt::cpu {
 namespace {
 
 constexpr int64_t kTableFloats = 1 << 20;
 constexpr int64_t kGrownTokens = 1024;  // room in the table for a segment that generation lets grow
-
-// armt-math 9: long waves are stretched by the factor, short ones stay, those between are mixed.
-double scaled_llama3(double f, const DecoderConfig& decoder) {
-  const double wave = 2.0 * std::numbers::pi / f, n = decoder.rope_original_length;
-  const double low = decoder.rope_low_freq, high = decoder.rope_high_freq;
-  if (wave < n / high) return f;
-  if (wave > n / low) return f / decoder.rope_factor;
-  const double t = (n / wave - low) / (high - low);
-  return (1.0 - t) * f / decoder.rope_factor + t * f;
-}
-
-double scaled(double f, const DecoderConfig& decoder) {
-  switch (decoder.rope_scaling) {
-    case RopeScaling::none:
-      return f;
-    case RopeScaling::linear:
-      return f / decoder.rope_factor;
-    case RopeScaling::llama3:
-      return scaled_llama3(f, decoder);
-  }
-  return f;
-}
 
 // Positions that ordinary use reaches: two segments with their front and memory rows.
 int64_t usual_positions(const ModelConfig& config) {
@@ -41,13 +19,8 @@ int64_t usual_positions(const ModelConfig& config) {
 
 }  // namespace
 
-RotaryTable::RotaryTable(const ModelConfig& config) {
-  const DecoderConfig& decoder = config.decoder;
-  const int64_t half = decoder.rotary_dims / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(decoder.rotary_dims);
-    frequencies_.push_back(static_cast<float>(scaled(std::pow(decoder.rope_theta, exponent), decoder)));
-  }
+RotaryTable::RotaryTable(const ModelConfig& config) : frequencies_(rotary_frequencies(config.decoder)) {
+  const int64_t half = this->half();
   if (half == 0) return;
   const int64_t rows = std::min(usual_positions(config), kTableFloats / (2 * half));
   table_ = Buffer(rows * 2 * half * static_cast<int64_t>(sizeof(float)));

@@ -2,22 +2,12 @@
 #include <cstring>
 
 #include "cpu/cpu_backend.h"
+#include "slots.h"
 
 namespace armt::cpu {
 namespace {
 
 constexpr int64_t kRowGrain = 16;  // rows below which a second thread is not worth waking
-
-Vector norm_bias(Vector norm) {
-  switch (norm) {
-    case Vector::norm1:
-      return Vector::norm1_bias;
-    case Vector::norm2:
-      return Vector::norm2_bias;
-    default:
-      return Vector::final_norm_bias;
-  }
-}
 
 void copy_rows(float* to, const float* from, int64_t floats) {
   std::memcpy(to, from, static_cast<size_t>(floats) * sizeof(float));

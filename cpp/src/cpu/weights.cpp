@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 
 #include "cpu/threads.h"
 
@@ -141,74 +140,6 @@ Buffer plain_rows(const HostMatrix& matrix) {
     }
   });
   return rows;
-}
-
-const char* name_of(Matrix which) {
-  constexpr const char* kNames[] = {"qkv",       "attn_out",  "mlp_up",   "mlp_down", "mem_query",
-                                    "mem_key",   "mem_value", "mem_gate", "head",     "embedding",
-                                    "positions", "memory",    "sink"};
-  static_assert(std::size(kNames) == static_cast<size_t>(Matrix::count));
-  return kNames[static_cast<size_t>(which)];
-}
-
-const char* name_of(Vector which) {
-  constexpr const char* kNames[] = {"qkv_bias", "attn_out_bias", "mlp_up_bias",    "mlp_down_bias", "mem_gate_bias",
-                                    "norm1",    "norm1_bias",    "norm2",          "norm2_bias",    "q_norm",
-                                    "k_norm",   "final_norm",    "final_norm_bias"};
-  static_assert(std::size(kNames) == static_cast<size_t>(Vector::count));
-  return kNames[static_cast<size_t>(which)];
-}
-
-Shape expected_shape(Matrix which, const ModelConfig& config) {
-  const DecoderConfig& decoder = config.decoder;
-  const int64_t d = decoder.d_model, d_mem = config.memory.d_mem;
-  switch (which) {
-    case Matrix::qkv:
-      return {config.qkv_width(), d};
-    case Matrix::attn_out:
-      return {d, config.query_width()};
-    case Matrix::mlp_up:
-      return {decoder.gated_mlp ? 2 * decoder.d_ff : decoder.d_ff, d};
-    case Matrix::mlp_down:
-      return {d, decoder.d_ff};
-    case Matrix::mem_query:
-      return {d_mem, d};
-    case Matrix::mem_key:
-      return {d_mem, d};
-    case Matrix::mem_value:
-      return {d, d};
-    case Matrix::mem_gate:
-      return {config.gate_rows(), d};
-    case Matrix::head:
-      return {decoder.vocab_size, d};
-    case Matrix::embedding:
-      return {decoder.vocab_size, d};
-    case Matrix::positions:
-      return {decoder.learned_positions, d};
-    case Matrix::memory:
-      return {config.memory.memory_tokens, d};
-    case Matrix::sink:
-      return {1, d};
-    case Matrix::count:
-      break;
-  }
-  return {};
-}
-
-int64_t expected_size(Vector which, const ModelConfig& config) {
-  switch (which) {
-    case Vector::qkv_bias:
-      return config.qkv_width();
-    case Vector::mlp_up_bias:
-      return expected_shape(Matrix::mlp_up, config).rows;
-    case Vector::mem_gate_bias:
-      return config.gate_rows();
-    case Vector::q_norm:
-    case Vector::k_norm:
-      return config.decoder.head_dim;
-    default:
-      return config.decoder.d_model;
-  }
 }
 
 }  // namespace armt::cpu

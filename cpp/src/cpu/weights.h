@@ -33,13 +33,4 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
 // The matrix as plain float32, row-major.
 Buffer plain_rows(const HostMatrix& matrix);
 
-const char* name_of(Matrix which);
-const char* name_of(Vector which);
-
-struct Shape {
-  int64_t rows = 0, cols = 0;
-};
-Shape expected_shape(Matrix which, const ModelConfig& config);
-int64_t expected_size(Vector which, const ModelConfig& config);
-
 }  // namespace armt::cpu

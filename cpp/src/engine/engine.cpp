@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <iterator>
 #include <thread>
 
 #include "armt/error.h"
@@ -136,23 +137,30 @@ void Engine::run(std::span<Job> jobs, const RunHooks& hooks) {
   std::vector<StreamState> before;
   before.reserve(jobs.size());
   for (const Job& job : jobs) before.push_back(*job.state);
+  std::vector<BlockRef> blocks;
+  for (const Job& job : jobs) {
+    if (backend_->spills()) std::ranges::move(blocks_of(*job.state), std::back_inserter(blocks));
+  }
+  InUse in_use(*backend_, std::move(blocks));
   try {
     Planner planner(config_, jobs);
     if (planner.done()) return;
     const int64_t in_flight = waves_in_flight(*backend_, config_, planner, options_.schedule);
     WorkspaceLease workspace(*this, in_flight, planner.max_wave_rows());
     run_in(*workspace, planner, in_flight, hooks);
+    std::vector<Written> written;
     for (size_t i = 0; i < jobs.size(); ++i) {
       const int64_t first = before[i].closed_segments;
-      if (jobs[i].state->closed_segments == first) continue;
-      nonfinite_.check_written(*backend_, config_, *jobs[i].state, first);
+      if (jobs[i].state->closed_segments > first) written.push_back({.state = jobs[i].state, .first = first});
     }
+    nonfinite_.check_written(*backend_, config_, written);
     for (const Job& job : jobs) {
       ++job.state->version;
       for (LayerState& layer : job.state->layers) {
         trim_rows(*backend_, layer.current);
         trim_rows(*backend_, layer.previous);
       }
+      if (backend_->spills()) in_use.add_made(*job.state);
     }
   } catch (...) {
     for (size_t i = 0; i < jobs.size(); ++i) *jobs[i].state = std::move(before[i]);
@@ -194,6 +202,7 @@ void Engine::keep_rows(const FinishedItem& item) {
 
 void Engine::logits_of(std::span<const BlockRef> hidden, float* out) {
   const auto count = std::ssize(hidden);
+  const InUse in_use(*backend_, {hidden.begin(), hidden.end()});
   WorkspaceLease workspace(*this, 1, count);
   const Rows& normed = (*workspace).normed;
   for (int64_t i = 0; i < count; ++i) backend_->load_rows(*hidden[i], 1, normed, i);
@@ -203,6 +212,7 @@ void Engine::logits_of(std::span<const BlockRef> hidden, float* out) {
 
 void Engine::greatest_of(std::span<const BlockRef> hidden, int32_t* tokens, float* logprobs) {
   const auto count = std::ssize(hidden);
+  const InUse in_use(*backend_, {hidden.begin(), hidden.end()});
   WorkspaceLease workspace(*this, 1, count);
   const Rows& normed = (*workspace).normed;
   for (int64_t i = 0; i < count; ++i) backend_->load_rows(*hidden[i], 1, normed, i);

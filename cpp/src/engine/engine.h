@@ -76,6 +76,7 @@ class Engine {
 
   // Of values that a caller will get.
   void check_finite(std::span<const float> values, const char* what) { nonfinite_.check(values, what); }
+  void check_finite(const Floats& values, const char* what) { nonfinite_.check(*backend_, values, what); }
 
   EngineStats stats() const;
 

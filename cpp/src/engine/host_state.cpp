@@ -144,6 +144,7 @@ HostState to_host(const Snapshot& snapshot) {
   HostState state;
   state.facts = facts_of(*snapshot.engine);
   const StateShape shape(state.facts.config, "state");
+  const InUse in_use(backend, blocks_of(from));
   state.open_tokens = from.open_tokens;
   state.previous_tokens = from.previous_tokens;
   state.window_tokens = from.window_tokens;
@@ -206,6 +207,7 @@ StreamState to_stream(Engine& engine, const HostState& state) {
     to.current = import_rows(backend, from.current, state.current_rows());
     to.previous = import_rows(backend, from.previous, state.previous_rows());
   }
+  backend.let_go(blocks_of(stream));
   return stream;
 }
 

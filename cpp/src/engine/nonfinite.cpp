@@ -1,7 +1,5 @@
 #include "engine/nonfinite.h"
 
-#include <array>
-#include <bit>
 #include <vector>
 
 #include "armt/error.h"
@@ -11,20 +9,21 @@ namespace {
 
 constexpr int64_t kFloat = sizeof(float);
 
-int64_t count_in(Backend& backend, const Block& block) {
-  std::vector<float> values(static_cast<size_t>(block.bytes / kFloat));
-  backend.download(block, 0, values.data(), std::ssize(values) * kFloat);
-  return count_nonfinite(values);
+Floats all_of(const Block& block) {
+  return {.block = &block, .offset = 0, .count = block.bytes / kFloat};
+}
+
+Floats statistics_of(const ModelConfig& config, const LayerState& layer) {
+  return {.block = layer.memory.block.get(),
+          .offset = association_bytes(config) - kWriteStats * kFloat,
+          .count = kWriteStats};
+}
+
+int64_t count_in(Backend& backend, const Floats& values) {
+  return backend.count_nonfinite({&values, 1});
 }
 
 }  // namespace
-
-int64_t count_nonfinite(std::span<const float> values) {
-  constexpr uint32_t kExponent = 0x7f800000;  // all ones in infinities and NaNs only
-  int64_t count = 0;
-  for (const float value : values) count += (std::bit_cast<uint32_t>(value) & kExponent) == kExponent;
-  return count;
-}
 
 void NonfiniteWatch::report(int64_t count, const std::string& what) {
   if (count == 0) return;
@@ -39,22 +38,33 @@ void NonfiniteWatch::check(std::span<const float> values, const char* what) {
   if (const int64_t count = count_nonfinite(values); count > 0) report(count, what);
 }
 
-// What is no number in one layer's rows is none in the layers above, so the last layer's statistics speak for all; the
-// others are fetched only to name the layer.
-void NonfiniteWatch::check_written(Backend& backend, const ModelConfig& config, const StreamState& state,
-                                   int64_t first) {
+void NonfiniteWatch::check(Backend& backend, const Floats& values, const char* what) {
+  if (const int64_t count = count_in(backend, values); count > 0) report(count, what);
+}
+
+// What is no number in one layer's rows is none in the layers above, so the last layer's statistics speak for all.
+void NonfiniteWatch::check_written(Backend& backend, const ModelConfig& config, std::span<const Written> streams) {
+  std::vector<Floats> values;
+  for (const Written& written : streams) {
+    const StreamState& state = *written.state;
+    if (state.layers.back().memory.written()) values.push_back(statistics_of(config, state.layers.back()));
+    if (state.carried) values.push_back(all_of(*state.carried));
+    if (state.last_hidden) values.push_back(all_of(*state.last_hidden));
+  }
+  if (values.empty() || backend.count_nonfinite(values) == 0) return;
+  for (const Written& written : streams) explain(backend, config, written);
+}
+
+// Where in one stream they are.
+void NonfiniteWatch::explain(Backend& backend, const ModelConfig& config, const Written& written) {
+  const StreamState& state = *written.state;
   const auto where = [&](const std::string& part) {
     const int64_t last = state.closed_segments - 1;
-    return (first < last ? "segments " + std::to_string(first) + " .. " : "segment ") + std::to_string(last) + ", " +
-           part;
+    return (written.first < last ? "segments " + std::to_string(written.first) + " .. " : "segment ") +
+           std::to_string(last) + ", " + part;
   };
   const auto in_statistics = [&](const LayerState& layer) {
-    std::array<float, kWriteStats> statistics{};
-    constexpr int64_t kBytes = kWriteStats * kFloat;
-    if (layer.memory.written()) {
-      backend.download(*layer.memory.block, association_bytes(config) - kBytes, statistics.data(), kBytes);
-    }
-    return count_nonfinite(statistics);
+    return layer.memory.written() ? count_in(backend, statistics_of(config, layer)) : 0;
   };
   if (in_statistics(state.layers.back()) > 0) {
     int64_t count = 0, lowest = -1;
@@ -65,8 +75,10 @@ void NonfiniteWatch::check_written(Backend& backend, const ModelConfig& config, 
     }
     report(count, where("layer " + std::to_string(lowest) + " and above, statistics of the memory's write"));
   }
-  if (state.carried) report(count_in(backend, *state.carried), where("after the last layer, memory tokens"));
-  if (state.last_hidden) report(count_in(backend, *state.last_hidden), where("after the last layer, hidden row"));
+  if (state.carried) report(count_in(backend, all_of(*state.carried)), where("after the last layer, memory tokens"));
+  if (state.last_hidden) {
+    report(count_in(backend, all_of(*state.last_hidden)), where("after the last layer, hidden row"));
+  }
 }
 
 }  // namespace armt

@@ -187,6 +187,12 @@ void run_calls(Engine& engine, std::span<Call> calls, const RunHooks& hooks) {
     const Call& call = calls[item.item.job - jobs.data()];
     if (call.logits == LogitsWanted::none || item.tokens == 0) return;
     const int64_t first = call.logits == LogitsWanted::all ? item.token_begin : 0;
+    if (call.logits_block != nullptr) {
+      const int64_t offset = first * vocab * static_cast<int64_t>(sizeof(float));
+      engine.backend().logits(item.normed, item.first, item.tokens, *call.logits_block, offset);
+      engine.check_finite({.block = call.logits_block, .offset = offset, .count = item.tokens * vocab}, "logits");
+      return;
+    }
     float* const out = call.logits_out + first * vocab;
     engine.backend().logits(item.normed, item.first, item.tokens, out);
     engine.check_finite({out, static_cast<size_t>(item.tokens * vocab)}, "logits");
@@ -202,6 +208,9 @@ std::vector<Choice> choose_tokens(std::span<Session* const> sessions, std::span<
   std::vector<BlockRef> hidden;
   for (size_t i = 0; i < sessions.size(); ++i) {
     params[i].validate();
+    if (sessions[i]->engine_ != sessions[0]->engine_) {
+      throw InvalidArgument("sessions: entry " + std::to_string(i) + " belongs to another engine");
+    }
     locks.push_back(std::make_unique<SessionLock>(*sessions[i]));
     hidden.push_back(last_hidden_of(sessions[i]->state_));
   }

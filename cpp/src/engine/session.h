@@ -27,9 +27,10 @@ struct Call {
   Session* session = nullptr;
   std::span<const int32_t> tokens;
   LogitsWanted logits = LogitsWanted::none;
-  float* logits_out = nullptr;  // `last`: [vocab]; `all`: [tokens, vocab]
-  bool one_segment = false;     // step: the tokens are one whole segment, closed at the end
-  bool write = true;            // false: the session is left as it was
+  float* logits_out = nullptr;    // `last`: [vocab]; `all`: [tokens, vocab]
+  Block* logits_block = nullptr;  // the same on the device, in place of logits_out
+  bool one_segment = false;       // step: the tokens are one whole segment, closed at the end
+  bool write = true;              // false: the session is left as it was
   bool grow = false;
   bool windowed = true;
   bool close_last = false;         // forward: close the last segment

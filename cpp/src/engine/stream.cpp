@@ -96,6 +96,31 @@ void wipe_stream(Backend& backend, StreamState& state) {
   }
 }
 
+std::vector<BlockRef> blocks_of(const StreamState& state) {
+  std::vector<BlockRef> blocks;
+  const auto add = [&](const BlockRef& block) {
+    if (block) blocks.push_back(block);
+  };
+  for (const LayerState& layer : state.layers) {
+    add(layer.memory.block);
+    for (const KvCache* cache : {&layer.current, &layer.previous}) {
+      for (const std::shared_ptr<KvPage>& page : cache->pages) add(page->block);
+    }
+  }
+  add(state.carried);
+  add(state.last_hidden);
+  return blocks;
+}
+
+void InUse::add_made(const StreamState& state) {
+  std::vector<const Block*> known;
+  for (const BlockRef& block : blocks_) known.push_back(block.get());
+  std::ranges::sort(known);
+  for (BlockRef& block : blocks_of(state)) {
+    if (!std::ranges::binary_search(known, block.get())) made_.push_back(std::move(block));
+  }
+}
+
 int64_t state_bytes(const Backend& backend, const StreamState& state) {
   int64_t bytes = 0;
   for (const LayerState& layer : state.layers) {

@@ -46,6 +46,29 @@ BlockRef writable_memory(Backend& backend, const ModelConfig& config, const Asso
 // Bytes of one layer's association block: A [h, F, E], z [h, F], statistics.
 int64_t association_bytes(const ModelConfig& config);
 
+// All device memory that the state refers to.
+std::vector<BlockRef> blocks_of(const StreamState& state);
+
+// Keeps blocks on the device for as long as it lives.
+class InUse {
+ public:
+  InUse(Backend& backend, std::vector<BlockRef> blocks) : backend_(backend), blocks_(std::move(blocks)) {
+    backend_.use(blocks_);
+  }
+  ~InUse() {
+    backend_.let_go(blocks_);
+    backend_.let_go(made_);
+  }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+  // Blocks of a state that were not in use from the start were made meanwhile.
+  void add_made(const StreamState& state);
+
+ private:
+  Backend& backend_;
+  std::vector<BlockRef> blocks_, made_;
+};
+
 // Overwrites with zeros what this state alone holds: memory, keys and values, hidden rows, token ids. Parts that a fork
 // or checkpoint shares stay as they are.
 void wipe_stream(Backend& backend, StreamState& state);

@@ -39,7 +39,8 @@ OutputRows prepare_outputs(Flight& flight);
 void settle(const ModelConfig& config, Flight& flight);
 
 // After the last layer: final norm of the rows in Workspace::last, hooks.
-void land(Backend& backend, Workspace& workspace, Flight& flight, const ScheduleHooks& hooks);
+void land(Backend& backend, const ModelConfig& config, Workspace& workspace, Flight& flight,
+          const ScheduleHooks& hooks);
 
 // run_waves by several threads: each takes the oldest cell whose two predecessors are done, so that none waits for the
 // end of a diagonal. Hooks run in the calling thread.

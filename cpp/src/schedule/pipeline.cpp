@@ -53,7 +53,7 @@ class Pipeline {
     }
     if (Entry* entry = landing()) {
       lock.unlock();
-      land(backend_, workspace_, entry->flight, hooks_);
+      land(backend_, config_, workspace_, entry->flight, hooks_);
       lock.lock();
       entries_.pop_front();
     } else if (Entry* next = ready()) {

@@ -67,7 +67,7 @@ void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace
       backend.embed(flights.back().group, workspace.residual);
       if (flights.size() == 1 && goes_at_once(backend, flights.back())) {
         fly_at_once(backend, config, workspace, flights.back());
-        land(backend, workspace, flights.back(), hooks);
+        land(backend, config, workspace, flights.back(), hooks);
         flights.pop_back();
         continue;
       }
@@ -89,7 +89,7 @@ void run_waves(Backend& backend, const ModelConfig& config, Workspace& workspace
       ++flight.layer;
     }
     if (flights.front().layer > last_layer) {
-      land(backend, workspace, flights.front(), hooks);
+      land(backend, config, workspace, flights.front(), hooks);
       flights.pop_front();
     }
   }

@@ -6,8 +6,9 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
+import typing_extensions
 from . import testing
-__all__: list[str] = ['CheckpointError', 'DeviceError', 'Engine', 'InvalidArgument', 'NonFiniteError', 'OutOfMemory', 'SafetensorsFile', 'SamplingParams', 'Session', 'State', 'StateError', 'choose', 'cuda_device_count', 'forward', 'run_many', 'testing', 'uniform']
+__all__: list[str] = ['CheckpointError', 'DeviceArray', 'DeviceError', 'Engine', 'InvalidArgument', 'NonFiniteError', 'OutOfMemory', 'SafetensorsFile', 'SamplingParams', 'Session', 'State', 'StateError', 'choose', 'cuda_device_count', 'forward', 'run_many', 'run_on_device', 'testing', 'uniform']
 class InvalidArgument(ValueError):
     pass
 class CheckpointError(ValueError):
@@ -129,7 +130,7 @@ class Engine:
     """
     One model's weights on one device.
     """
-    def __init__(self, *, decoder: dict, memory: dict, device: str = 'cpu', dtype: str = 'float32', threads: typing.SupportsInt | typing.SupportsIndex = 0, schedule: str = 'auto', isa: str = '', on_nonfinite: str = 'raise') -> None:
+    def __init__(self, *, decoder: dict, memory: dict, device: str = 'cpu', dtype: str = 'float32', threads: typing.SupportsInt | typing.SupportsIndex = 0, schedule: str = 'auto', isa: str = '', on_nonfinite: str = 'raise', prefill_dtype: str = 'same', memory_limit: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         ...
     def finish_loading(self) -> None:
         ...
@@ -137,6 +138,10 @@ class Engine:
         ...
     def load_vector(self, slot: str, layer: typing.SupportsInt | typing.SupportsIndex, values: typing.Annotated[numpy.typing.ArrayLike, numpy.float32]) -> None:
         ...
+    def read_dlpack(self, capsule: typing_extensions.CapsuleType) -> numpy.ndarray:
+        """
+        Integers in the memory of the engine's GPU as an array of NumPy; from __dlpack__(stream=engine.stream).
+        """
     def stats(self) -> dict[str, typing.Any]:
         ...
     @property
@@ -152,13 +157,35 @@ class Engine:
     def dtype(self) -> str:
         ...
     @property
+    def prefill_dtype(self) -> str:
+        ...
+    @property
     def segment_size(self) -> int:
+        ...
+    @property
+    def stream(self) -> int:
         ...
     @property
     def threads(self) -> int:
         ...
     @property
     def vocab_size(self) -> int:
+        ...
+class DeviceArray:
+    """
+    Float32 values in the memory of an engine's device.
+    """
+    def __array__(self, dtype: typing.Any = None, copy: typing.Any = None) -> numpy.typing.NDArray[numpy.float32]:
+        ...
+    def __dlpack__(self, *, stream: typing.Any = None, max_version: typing.Any = None, dl_device: typing.Any = None, copy: typing.Any = None) -> typing_extensions.CapsuleType:
+        ...
+    def __dlpack_device__(self) -> tuple[int, int]:
+        ...
+    @property
+    def device(self) -> str:
+        ...
+    @property
+    def shape(self) -> tuple:
         ...
 class SamplingParams:
     def __init__(self, *, temperature: typing.SupportsFloat | typing.SupportsIndex = 0.0, top_k: typing.SupportsInt | typing.SupportsIndex = 0, top_p: typing.SupportsFloat | typing.SupportsIndex = 1.0, min_p: typing.SupportsFloat | typing.SupportsIndex = 0.0, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> None:
@@ -215,6 +242,8 @@ def cuda_device_count() -> int:
 def forward(rows: collections.abc.Sequence[tuple[Session, numpy.ndarray]], cuts: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], attention: collections.abc.Sequence[bytes], logits: str, close_last: bool, windowed: bool, progress: typing.Any) -> list[numpy.typing.NDArray[numpy.float32] | None]:
     ...
 def run_many(rows: collections.abc.Sequence[tuple[Session, numpy.ndarray]], logits: str, one_segment: bool, write: bool, grow: bool, progress: typing.Any) -> list[numpy.typing.NDArray[numpy.float32] | None]:
+    ...
+def run_on_device(rows: collections.abc.Sequence[tuple[Session, numpy.ndarray]], logits: str, one_segment: bool, write: bool, progress: typing.Any) -> list[DeviceArray]:
     ...
 def uniform(seed: typing.SupportsInt | typing.SupportsIndex, index: typing.SupportsInt | typing.SupportsIndex) -> float:
     """

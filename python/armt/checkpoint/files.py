@@ -34,19 +34,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        # O_NONBLOCK: a named pipe would wait for a writer otherwise.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(path, "rb", opener=_open_now) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: expected a regular file")
+            if status.st_size > MAX_JSON_BYTES:
+                raise CheckpointError(
+                    f"{path}: found {status.st_size} bytes, expected at most {MAX_JSON_BYTES}"
+                )
+            return file.read(MAX_JSON_BYTES + 1)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: expected a regular file")
-        if status.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path}: found {status.st_size} bytes, expected at most {MAX_JSON_BYTES}"
-            )
-        return file.read(MAX_JSON_BYTES + 1)
+        raise CheckpointError(f"{path}: cannot be opened or read: {error}") from error
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Of a named pipe too: it would wait for a writer otherwise."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

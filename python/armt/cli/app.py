@@ -31,7 +31,7 @@ app.command("convert", short_help="Writes a checkpoint in this project's form.")
 app.command("bench", short_help="Measures tokens a second.")(bench.bench)
 app.command("serve", short_help="Serves a model over HTTP.")(serve.serve)
 app.add_typer(evaluate.app, name="eval", short_help="Measures what a model remembers.")
-app.add_typer(train.app, name="train", short_help="Trains a small model from scratch.")
+app.command("train", short_help="Trains a small model from scratch.")(train.train)
 
 
 def _version(wanted: bool) -> None:

@@ -25,11 +25,12 @@ class ReadingBar:
             TextColumn("{task.percentage:>3.0f}%" if total else ""),
             TextColumn("{task.fields[tokens]:,} tokens"),
             TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[note]}"),
             *([TimeRemainingColumn()] if total else []),
             console=console,
             disable=not (shown and console.is_terminal),
         )
-        self._task = self._bar.add_task(label, total=total, tokens=0, rate=0.0)
+        self._task = self._bar.add_task(label, total=total, tokens=0, rate=0.0, note="")
         self._since = time.perf_counter()
         self.tokens = 0
         """Tokens read in all."""
@@ -52,6 +53,12 @@ class ReadingBar:
     def relabel(self, label: str) -> None:
         """What is being read now."""
         self._bar.update(self._task, description=label)
+
+    def note(self, resident: int, state: int) -> None:
+        """Bytes of the process now, and of the session's state."""
+        from armt.cli.output import size
+
+        self._bar.update(self._task, note=f"memory {size(resident)}, state {size(state)}")
 
     def span(self, start: float, end: float, tokens: int, count: int) -> Callable[[int], None]:
         """What to call with the tokens done of a block of ``count`` that leads from ``start`` to

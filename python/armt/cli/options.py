@@ -22,7 +22,9 @@ Model = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        metavar="DEVICE", help="cpu, cuda, cuda:1, or auto: a GPU if this build can use one."
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, or auto: a GPU if this build can use one.",
     ),
 ]
 DType = Annotated[

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 LINE_LIMIT = 600
 NARROWEST = 80
 """Columns that a table may take anywhere."""
+WIDEST = 200
 
 
 def one_line(message: str) -> str:
@@ -44,6 +46,16 @@ def console() -> Console:
 
     width = max(Console().width, NARROWEST)
     return Console(highlight=False, soft_wrap=False, width=width)
+
+
+def print_table(table: Table) -> None:
+    """A table as wide as it needs to be."""
+    from rich.measure import Measurement
+
+    out = console()
+    wide = Measurement.get(out, out.options.update(width=WIDEST), table).maximum
+    out.width = max(out.width, wide)
+    out.print(table)
 
 
 def say(message: str) -> None:

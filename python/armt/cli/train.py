@@ -1,4 +1,4 @@
-"""``armt train``: small models from scratch."""
+"""``armt train``: small models from scratch, by a recipe."""
 
 from __future__ import annotations
 
@@ -10,132 +10,135 @@ import typer
 from armt.cli.options import Json
 
 if TYPE_CHECKING:
-    from armt.training.retrieval import Trainer
+    from armt.training.trainer import Trainer
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 INTERRUPTED = 130
+REPORT_EVERY = 20
 
 
-@app.callback()
-def train() -> None:
-    """Trains small models from scratch with PyTorch.
-
-    Example:
-
-    \b
-      armt train retrieval my-model --steps 2000
-    """
-
-
-@app.command("retrieval", short_help="A memory for pairs of key and value.")
-def retrieval(
+def train(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="A TOML file.", show_default=False),
+    ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Argument(metavar="OUT", help="A new or empty folder.", show_default=False),
-    ],
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps in all.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Samples in a step.")] = 64,
-    pairs: Annotated[
-        str, typer.Option(metavar="N,N,...", help="The curriculum: most pairs in each stage.")
-    ] = "5,10,20",
-    rewrite: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of samples with keys that come again.")
-    ] = 0.5,
-    key_symbols: Annotated[int, typer.Option(min=1, max=3, metavar="N", help="In a key.")] = 2,
-    width: Annotated[int, typer.Option(min=1, metavar="N", help="Of the model.")] = 128,
-    layers: Annotated[int, typer.Option(min=1, metavar="N", help="Of the model.")] = 4,
-    heads: Annotated[int, typer.Option(min=1, metavar="N", help="Of attention.")] = 4,
-    memory_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of a segment.")] = 4,
-    d_mem: Annotated[int, typer.Option(min=1, metavar="N", help="Width of a memory key.")] = 64,
-    lr: Annotated[float, typer.Option(min=0.0, metavar="R", help="Highest learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Another seed: other model.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps.")] = 100,
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in OUT; its own settings but --steps.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on in this folder.", show_default=False),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.0, metavar="M", help="Stop and save after M; 0: at the end.")
+    ] = 0.0,
+    save_every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps.")] = 100,
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    workers: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Processes that make text; 0: none.")
+    ] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers with torch.compile.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
     threads: Annotated[
         int, typer.Option(min=0, metavar="N", help="CPU threads; 0: PyTorch decides.")
     ] = 0,
     as_json: Json = False,
 ) -> int:
-    """Trains an ARMT to remember pairs of key and value, one pair a segment.
+    """Trains ARMT, RMT or Mamba on retrieval or BABILong, as RECIPE says.
 
-    Number of pairs rises by stages. OUT becomes a model folder (armt eval retrieval OUT) with
-    training.pt beside it to go on from; it is written every --save-every steps and at the end.
-    Ctrl-C finishes the step, saves, and ends with exit code 130. Needs the extra "torch".
+    OUT becomes a model folder (armt eval babilong OUT), with metrics.jsonl and with training.pt to
+    go on from; all are written every --save-every steps and at the end. --resume loses nothing but
+    the steps since then; with RECIPE it goes on by that recipe. Ctrl-C finishes the step, saves,
+    and ends with exit code 130. Needs the extra "torch".
 
     Example:
 
     \b
-      armt train retrieval my-model --steps 2000
-      armt train retrieval my-model --steps 4000 --resume
+      armt train bench/recipes/retrieval.toml my-model --device cuda --workers 8
+      armt train --resume my-model --device cuda --workers 8
     """
     job = _import()
     from armt.cli.output import print_json, say
 
-    if resume:
-        trainer = job.Trainer.resumed(job.read_progress(out), steps=steps, device=_known(device))
-    else:
-        plan = job.Plan(
-            steps=steps,
-            batch=batch,
-            pairs=job.stages(pairs),
-            rewrite=rewrite,
-            key_symbols=key_symbols,
-            width=width,
-            layers=layers,
-            heads=heads,
-            memory_tokens=memory_tokens,
-            d_mem=d_mem,
-            lr=lr,
-            seed=seed,
-        )
-        trainer = job.Trainer(plan, device=_known(device))
-        job.new_folder(out)
+    options = {
+        "device": _known(device),
+        "workers": workers,
+        "save_every": save_every,
+        "compiled": compiled,
+    }
     if threads:
         _set_threads(threads)
-    weights = sum(p.numel() for p in trainer.model.parameters())
+    if resume is not None:
+        if out is not None:
+            raise ValueError("--resume: found OUT beside it, expected only one of them")
+        folder = resume
+        given = job.read_recipe(recipe) if recipe is not None else None
+        trainer = job.Trainer.resumed(job.read_progress(folder), given, **options)
+    elif recipe is None or out is None:
+        raise ValueError("found no RECIPE and OUT, expected both, or --resume FOLDER")
+    else:
+        trainer = job.Trainer(*job.read_recipe(recipe), **options)
+        folder = out
+        job.new_folder(folder)
+    shape = trainer.shape
     if not as_json:
-        say(f"training {weights:,} weights on {device}, float32")
-    result = _run(trainer, out, save_every=save_every, shown=not as_json)
-    result |= {"folder": str(out), "weights": weights, "device": device, "dtype": "float32"}
+        say(
+            f"training {shape.system}, {trainer.parameters:,} weights, {shape.state_bytes:,} bytes "
+            f"of state, on {device}"
+        )
+    try:
+        result = _run(trainer, folder, save_every, minutes, shown=not as_json)
+    finally:
+        trainer.close()
+    result |= {"folder": str(folder), "weights": trainer.parameters, "device": device}
     if as_json:
         print_json(result)
     else:
-        print(out)
+        print(folder)
+        right = ", ".join(f"{name} {share:.1%}" for name, share in result["right"].items())
         say(
-            f"{result['step']:,} steps, {result['tokens_per_second']:,.0f} tokens/s; loss "
-            f"{result['loss']:.3f}, {result['accuracy']:.1%} right at up to {result['pairs']} pairs"
+            f"{result['step']:,} of {result['steps']:,} steps, "
+            f"{result['tokens_per_second']:,.0f} tokens/s; loss {result['loss']:.3f}, {right}"
         )
     return INTERRUPTED if result["interrupted"] else 0
 
 
-def _run(trainer: Trainer, out: Path, *, save_every: int, shown: bool) -> dict[str, Any]:
-    """Trains to the end or to Ctrl-C; the last figures."""
+def _run(
+    trainer: Trainer, folder: Path, save_every: int, minutes: float, *, shown: bool
+) -> dict[str, Any]:
+    """Trains to the end, to Ctrl-C or until the time is over; the last figures."""
     import time
 
     from armt.cli.training_bar import PatientInterrupt, TrainingBar
+    from armt.training.folder import Metrics
 
-    start, tokens, loss, right = time.perf_counter(), 0, 0.0, 0.0
-    with PatientInterrupt() as asked, TrainingBar(trainer.plan.steps, shown=shown) as bar:
-        while not trainer.done and not asked.stop:
-            report = trainer.step()
-            tokens += report.tokens
-            fresh = tokens == report.tokens
-            loss = report.loss if fresh else 0.9 * loss + 0.1 * report.loss
-            right = report.accuracy if fresh else 0.9 * right + 0.1 * report.accuracy
-            bar.update(trainer, loss, right, tokens)
-            if trainer.standing.step % save_every == 0 and not trainer.done:
-                _save(trainer, out)
-        _save(trainer, out)
+    start, tokens, report = time.perf_counter(), 0, None
+    with (
+        PatientInterrupt() as asked,
+        TrainingBar(trainer.recipe.steps, shown=shown) as bar,
+        Metrics(folder, trainer.step) as metrics,
+    ):
+        over = False
+        while not (trainer.done or asked.stop or over):
+            tokens += trainer.advance()
+            saving = trainer.step % save_every == 0
+            if saving or trainer.done or trainer.step % REPORT_EVERY == 0:
+                seconds = time.perf_counter() - start
+                report = trainer.report()
+                bar.update(report, tokens / seconds)
+                metrics.add(report, tokens=tokens, seconds=seconds)
+                over = bool(minutes) and seconds > 60 * minutes
+            if saving or trainer.done or over:
+                _save(trainer, folder)
+        if asked.stop and trainer.step:
+            _save(trainer, folder)
     seconds = time.perf_counter() - start
     return {
-        "step": trainer.standing.step,
-        "steps": trainer.plan.steps,
-        "pairs": trainer.plan.pairs[trainer.standing.stage],
-        "loss": loss,
-        "accuracy": right,
+        "step": trainer.step,
+        "steps": trainer.recipe.steps,
+        "loss": report.loss if report else None,
+        "right": report.right if report else {},
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / max(seconds, 1e-9),
@@ -143,11 +146,11 @@ def _run(trainer: Trainer, out: Path, *, save_every: int, shown: bool) -> dict[s
     }
 
 
-def _save(trainer: Trainer, out: Path) -> None:
+def _save(trainer: Trainer, folder: Path) -> None:
     from armt.training.folder import write_model, write_progress
 
-    write_model(out, trainer.model, trainer.facts())
-    write_progress(out, trainer.progress())
+    write_model(folder, trainer.state_dict(), trainer.config(), trainer.files())
+    write_progress(folder, trainer.progress())
 
 
 def _import() -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from armt.training.retrieval import Trainer
+    from armt.training.trainer import Report
 
 
 class TrainingBar:
@@ -26,23 +25,17 @@ class TrainingBar:
             TextColumn("{task.completed:,}/{task.total:,} steps"),
             TextColumn("{task.fields[rate]:,.0f} tokens/s"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[pairs]} pairs, loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[right]:.0%} right"),
+            TextColumn("loss {task.fields[loss]:.3f}, {task.fields[right]}"),
             console=console,
             disable=not (shown and console.is_terminal),
         )
-        self._task = self._bar.add_task("", total=steps, rate=0.0, pairs=0, loss=0.0, right=0.0)
-        self._start = time.perf_counter()
+        self._task = self._bar.add_task("", total=steps, rate=0.0, loss=0.0, right="")
 
-    def update(self, trainer: Trainer, loss: float, right: float, tokens: int) -> None:
-        """A step was made; ``tokens`` since the start."""
+    def update(self, report: Report, rate: float) -> None:
+        """A report and the tokens read in a second."""
+        right = " ".join(f"{name} {share:.0%}" for name, share in report.right.items())
         self._bar.update(
-            self._task,
-            completed=trainer.standing.step,
-            pairs=trainer.plan.pairs[trainer.standing.stage],
-            loss=loss,
-            right=right,
-            rate=tokens / max(time.perf_counter() - self._start, 1e-9),
+            self._task, completed=report.step, loss=report.loss, right=right, rate=rate
         )
 
     def __enter__(self) -> TrainingBar:

@@ -3,7 +3,7 @@
 A byte-level BPE tokenizer cuts text before white space first, so the ids of phrases that begin with
 a space can be joined. This script checks that on every fact, every question and many sentences.
 
-    python -m armt.demo.build_material  # needs the package "tokenizers"; run after a change here
+    python -m armt.demo.build_material  # needs "tokenizers"; after new words or a new model
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from armt.demo import grammar
+from armt.demo.story import model_digest
+from armt.models import DEFAULT, resolve
+from armt.text import TextSettings
 
 FOLDER = Path(__file__).parent
-MODEL = FOLDER.parent / "models" / "babilong-qa1"
 SLOT = re.compile(r'\s?("?\{\w+\})')
 
 
@@ -30,9 +32,17 @@ class Builder:
         self.phrases: dict[str, list[tuple[str, list[int]]]] = {}
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of ``text`` alone."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        """Token ids of ``text`` inside a text: the tokenizer puts a space before a text's start."""
+        before, ids = (
+            self._tokenizer.encode(part, add_special_tokens=False).ids for part in ("a", "a" + text)
+        )
+        if ids[: len(before)] != before:
+            before, ids = (
+                self._tokenizer.encode(part, add_special_tokens=False).ids
+                for part in (".", "." + text)
+            )
+        found: list[int] = ids[len(before) :]
+        return found
 
     def phrase(self, text: str) -> tuple[str, list[int]]:
         """A phrase and its ids."""
@@ -96,17 +106,20 @@ def build() -> dict[str, Any]:
     """Everything that material.json holds."""
     from tokenizers import Tokenizer
 
-    builder = Builder(Tokenizer.from_file(str(MODEL / "tokenizer.json")))
+    model = resolve(DEFAULT)
+    builder = Builder(Tokenizer.from_file(str(model / "tokenizer.json")))
+    settings = TextSettings.of(model)
     sentences = [builder.sentence(pattern) for pattern in grammar.SENTENCES]
     check_joins(builder, sentences)
     questions = {
         person: {
-            "text": grammar.QUESTION.format(person=person).strip(),
-            "ids": builder.ids(grammar.QUESTION.format(person=person) + grammar.ASK),
+            "text": grammar.QUESTION.format(person=person),
+            "ids": builder.ids(settings.prompt(grammar.QUESTION.format(person=person))),
         }
         for person in grammar.PEOPLE
     }
     return {
+        "model": model_digest(model),
         "facts": facts(builder),
         "questions": questions,
         "answers": answers(builder),

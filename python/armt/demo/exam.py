@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from armt._core import State
 from armt.demo.story import Fact, Ids, Story, answer_text, people, question
 from armt.engine import Engine
 from armt.session import Session
 
 SEGMENTS_A_CALL = 32
+SEGMENTS_A_CALL_GPU = 256
 
 
 class Clock(Protocol):
@@ -28,6 +33,9 @@ class Clock(Protocol):
     def resume(self) -> None:
         """Reading goes on."""
 
+    def note(self, resident: int, state: int) -> None:
+        """Bytes of the process now, and of the session's state."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -39,6 +47,8 @@ class Answer:
     asked_at: int
     """Tokens read before the question."""
     fact: Fact
+    overwritten: int = 0
+    """Older facts about the same person, which are no longer true."""
     without: str = ""
     """What the same model says that has read nothing but the last segment's worth of tokens."""
 
@@ -51,6 +61,17 @@ class Answer:
     def tokens_ago(self) -> int:
         """Tokens read since the fact began."""
         return self.asked_at - self.fact.position
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The memory was written to a file, thrown away and read again."""
+
+    at: int
+    """Tokens read before."""
+    file_bytes: int
+    same: bool
+    """Whether what was read is bit for bit what was written, and goes on with the same logits."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ class Result:
     """Size of the whole state as saved to a file, the ids of the last segments included."""
     peak_bytes: tuple[int, int]
     """Largest resident memory of the process so far."""
+    saved: Saved
     answers: list[Answer]
 
     @property
@@ -92,8 +114,8 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether enough answers are right."""
-        return self.right >= self.needed
+        """Whether enough answers are right and the memory came back from its file unchanged."""
+        return self.right >= self.needed and self.saved.same
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -113,18 +135,23 @@ def examine(
     engine: Engine, *, tokens: int, questions: int, moves: int, seed: int, clock: Clock
 ) -> Result:
     """Reads ``tokens`` tokens; asks ``questions`` questions, as many people at a time as there are,
-    the last ones at the end."""
+    the last ones at the end. In the middle the session goes through a file."""
     story = Story(tokens, moves, seed)
     session = engine.session()
     rounds = -(-questions // len(people()))
+    ends = [tokens * number // rounds for number in range(1, rounds + 1)]
     answers: list[Answer] = []
-    tail = np.zeros(0, np.int32)
-    first = min(SEGMENTS_A_CALL * engine.segment_size, tokens // rounds)
-    tail = _read(session, story, first, clock, tail)
+    saved: Saved | None = None
+    first = min(SEGMENTS_A_CALL * engine.segment_size, ends[0], tokens // 2)
+    tail = _read(session, story, first, clock, np.zeros(0, np.int32))
     sizes = [_sizes(session, engine)]
-    for number in range(1, rounds + 1):
-        tail = _read(session, story, tokens * number // rounds, clock, tail)
+    for end in ends:
+        if saved is None and end >= tokens // 2:
+            tail = _read(session, story, tokens // 2, clock, tail)
+            session, saved = through_a_file(session)
+        tail = _read(session, story, end, clock, tail)
         answers += ask_all(session, story, tail)[: questions - len(answers)]
+    assert saved is not None  # the last round ends behind the middle
     sizes.append(_sizes(session, engine))
     return Result(
         device=engine.device,
@@ -139,21 +166,38 @@ def examine(
         memory_bytes=(sizes[0][1], sizes[1][1]),
         state_bytes=(sizes[0][2], sizes[1][2]),
         peak_bytes=(sizes[0][3], sizes[1][3]),
+        saved=saved,
         answers=answers,
     )
 
 
+def through_a_file(session: Session) -> tuple[Session, Saved]:
+    """Saves a session's state, closes the session, and returns a new one from the file."""
+    engine, at = session.engine, session.tokens
+    before, logits = session.state.to_bytes(), session.logits
+    with tempfile.TemporaryDirectory(prefix="armt-demo-") as folder:
+        path = Path(folder) / "memory.armt-state"
+        session.state.save(path)
+        session.close()
+        later = engine.session(state=State.load(path))
+        same = later.state.to_bytes() == before and np.array_equal(later.logits, logits)
+        return later, Saved(at, path.stat().st_size, bool(same))
+
+
 def _read(session: Session, story: Story, end: int, clock: Clock, tail: Ids) -> Ids:
     """Reads on until the session has read ``end`` tokens; the last segment's worth of tokens."""
-    size = session.engine.segment_size
+    engine = session.engine
+    size = engine.segment_size
+    segments = SEGMENTS_A_CALL_GPU if engine.device.startswith("cuda") else SEGMENTS_A_CALL
     clock.resume()
     while (before := session.tokens) < end:
-        ids = story.read(min(SEGMENTS_A_CALL * size, end - before))
+        ids = story.read(min(segments * size, end - before))
 
         def report(done: int, *, before: int = before) -> None:
             clock.update(before + done, before + done)
 
         session.feed(ids, progress=report)
+        clock.note(resident_memory(), engine.stats()["state_bytes"])
         tail = np.concatenate([tail, ids])[-size:]
     clock.update(end, end)
     return tail
@@ -174,6 +218,7 @@ def ask_all(session: Session, story: Story, tail: Ids) -> list[Answer]:
                 fact.place,
                 session.tokens,
                 fact,
+                story.told_before(fact),
                 ask(forgetful, person),
             )
             for person, fact in told
@@ -200,6 +245,15 @@ def _sizes(session: Session, engine: Engine) -> tuple[int, int, int, int]:
     parts = [a for i in range(engine.checkpoint.decoder["n_layers"]) for a in state.memory(i)]
     memory = sum(a.nbytes for a in parts if a is not None)
     return session.tokens, memory, len(state.to_bytes()), peak_memory()
+
+
+def resident_memory() -> int:
+    """Resident memory of this process in bytes; its largest where the system tells only that."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return peak_memory()
 
 
 def peak_memory() -> int:

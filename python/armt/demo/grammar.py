@@ -8,12 +8,13 @@ turn up here as well, as they do in real books.
 
 from __future__ import annotations
 
-PEOPLE = ["Mary", "John", "Sandra", "Daniel"]
-VERBS = ["moved", "went", "went back", "journeyed", "travelled"]
-PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
+from armt.tasks import stories
+
+PEOPLE = list(stories.PEOPLE)
+VERBS = list(stories.MOVES)
+PLACES = list(stories.PLACES)
 FACT = "{person} {verb} to the {place}."
-QUESTION = " Where is {person}?"
-ASK = "<gen>"
+QUESTION = "Where is {person}?"
 
 SENTENCES = [
     "{When}, {who} {did}, and {who} {did}.",

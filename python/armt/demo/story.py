@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from armt.errors import CheckpointError
+from armt.text import TextSettings
 
 Ids = npt.NDArray[np.int32]
 
@@ -37,6 +42,23 @@ def material() -> dict[str, Any]:
     text = files("armt.demo").joinpath("material.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
+
+
+def model_digest(model: Path) -> str:
+    """Tells one way of writing questions and texts from another: tokenizer and prompt format."""
+    found = hashlib.sha256((model / "tokenizer.json").read_bytes())
+    found.update(TextSettings.of(model).prompt_format.encode())
+    return found.hexdigest()[:16]
+
+
+def check_material(model: Path) -> None:
+    """CheckpointError if the material's token ids are not those of the model."""
+    found, expected = model_digest(model), material()["model"]
+    if found != expected:
+        raise CheckpointError(
+            f"{model}: found a tokenizer and prompt format of digest {found}, expected {expected}, "
+            "those of the demo's material; run python -m armt.demo.build_material"
+        )
 
 
 def people() -> list[str]:
@@ -95,6 +117,11 @@ class Story:
         """The newest fact about ``person`` whose sentence has been read."""
         known = (f for f in reversed(self.facts) if f.person == person and f.end <= self._told)
         return next(known, None)
+
+    def told_before(self, fact: Fact) -> int:
+        """How many facts about the same person it has overwritten."""
+        same = [f for f in self.facts if f.person == fact.person]
+        return same.index(fact)
 
     def _plan(self) -> list[tuple[int, str]]:
         """(position, person) of every move, the first one last."""

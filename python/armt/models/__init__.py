@@ -8,8 +8,10 @@ from pathlib import Path
 from armt.errors import CheckpointError
 
 FOLDER = Path(__file__).parent
-DEFAULT = "babilong-qa1"
-ALIASES = {"demo": DEFAULT, DEFAULT: DEFAULT}
+SHIPPED = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+DEFAULT = "babilong"
+"""The demo's."""
+ALIASES = {"demo": DEFAULT} | {name: name for name in SHIPPED}
 
 
 def place(path: str | os.PathLike[str]) -> str | os.PathLike[str]:

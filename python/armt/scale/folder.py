@@ -40,6 +40,8 @@ class FolderStore:
     ) -> None:
         """``durable=False`` leaves out fsync: faster, but a power cut may lose the last writes.
 
+        Where the file system fails, every method raises its OSError; the folder then holds either
+        the old version or the new one, whole.
         A writer that does not get its turn within ``lock_timeout`` seconds raises StateError.
         """
         self._path = Path(os.path.abspath(path))
@@ -92,23 +94,22 @@ class FolderStore:
         found = self.version(session_id)
         if found != expected:  # spares the writing where it is in vain
             raise VersionConflict(session_id, found=found, expected=expected)
-        handle, name = tempfile.mkstemp(prefix=UNFINISHED, dir=self._path)
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with tempfile.NamedTemporaryFile(prefix=UNFINISHED, dir=self._path, delete=False) as file:
+            try:
                 file.write(json.dumps(header).encode() + b"\n")
                 file.write(data)
+                file.flush()
                 if self._durable:
-                    file.flush()
                     os.fsync(file.fileno())
-            with self._locked(target):
-                found = self.version(session_id)
-                if found != expected:
-                    raise VersionConflict(session_id, found=found, expected=expected)
-                os.replace(name, target)
-                if self._durable:
-                    self._sync()
-        finally:
-            Path(name).unlink(missing_ok=True)
+                with self._locked(target):
+                    found = self.version(session_id)
+                    if found != expected:
+                        raise VersionConflict(session_id, found=found, expected=expected)
+                    os.replace(file.name, target)
+                    if self._durable:
+                        self._sync()
+            finally:
+                Path(file.name).unlink(missing_ok=True)
         return expected + 1
 
     def delete(self, session_id: str) -> bool:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 import armt
 from armt.engine import Engine
-from armt.server import chats, completions, llama, problems, sessions, status
+from armt.server import chats, completions, llama, problems, questions, sessions, status
 from armt.server.auth import Keys
 from armt.server.context import Context
 from armt.server.guard import Guard
@@ -60,7 +60,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = Context(settings, model, scheduler, store, metrics)
-    for part in (status, completions, chats, llama, sessions):
+    for part in (status, completions, chats, llama, sessions, questions):
         app.include_router(part.router)
     problems.install(app, metrics)
     app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from armt.errors import CheckpointError, DeviceError, InvalidArgument, OutOfMemory, StateError
+from armt.errors import (
+    CheckpointError,
+    DeviceError,
+    InvalidArgument,
+    NonFiniteError,
+    OutOfMemory,
+    StateError,
+)
 
 # code: (HTTP status, type). The documentation lists them; a test compares.
 CODES: dict[str, tuple[int, str]] = {
@@ -31,6 +38,7 @@ CODES: dict[str, tuple[int, str]] = {
     "too_many_sessions": (429, "rate_limit_error"),
     "internal_error": (500, "server_error"),
     "device_error": (500, "server_error"),
+    "not_finite": (500, "server_error"),
     "session_lost": (500, "server_error"),
     "overloaded": (503, "overloaded_error"),
     "out_of_memory": (503, "overloaded_error"),
@@ -94,6 +102,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError("invalid_request", str(error))
     if isinstance(error, (OutOfMemory, MemoryError)):
         return ApiError("out_of_memory", "there is not enough memory for this request now")
+    if isinstance(error, NonFiniteError):
+        return ApiError("not_finite", str(error))
     if isinstance(error, DeviceError):
         return ApiError("device_error", "the device failed; the server's log says more")
     return ApiError("internal_error", "the server failed; its log says more")

@@ -25,16 +25,17 @@ LARGEST = 1 << 16
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Replaces ``path`` as a whole; mode 0600."""
-    handle, name = tempfile.mkstemp(prefix=".record-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix=".record-", dir=path.parent, delete=False
+    ) as file:
+        try:
+            file.write(json.dumps(record))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -66,5 +66,5 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         return answer(shown)
 
     kinds = (ApiError, Gone, ClientDisconnect, RequestValidationError, HTTPException)
-    for kind in (*kinds, ValueError, RuntimeError, MemoryError):
+    for kind in (*kinds, ValueError, RuntimeError, MemoryError, FloatingPointError):
         app.add_exception_handler(kind, handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -97,20 +98,31 @@ class Store:
         if wanted is None:
             self._folder = Path(tempfile.mkdtemp(prefix="armt-sessions-"))
             return
+        lock = None
         try:
             wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = FolderLock(wanted)
-        except OSError as error:
-            raise InvalidArgument(f"--session-dir: {wanted}: {error.strerror}") from error
-        self._folder = wanted
-        for path in wanted.glob("*.json"):
+            lock = FolderLock(wanted)
+            found = self._found(wanted)
+        except BaseException as error:
+            if lock is not None:
+                lock.release()
+            if isinstance(error, OSError):
+                raise InvalidArgument(f"--session-dir: {wanted}: {error.strerror}") from error
+            raise
+        self._lock, self._folder = lock, wanted
+        for entry in found:
+            self._enter(entry)
+
+    def _found(self, folder: Path) -> list[Entry]:
+        """The sessions that a folder holds."""
+        found = []
+        for path in folder.glob("*.json"):
             record = read_record(path) if FILE.fullmatch(path.stem) else None
             if record is None or not ID.fullmatch(str(record.get("id"))):
                 log.warning("a file in the session folder is no session's; it is left alone")
                 continue
-            entry = Entry(file=path.stem, used=time.time(), **record)
-            self._entries[entry.id] = entry
-            self._counts[entry.owner] = self._counts.get(entry.owner, 0) + 1
+            found.append(Entry(file=path.stem, used=time.time(), **record))
+        return found
 
     async def close(self) -> int:
         """Saves what is live, or removes the temporary folder; how many were saved."""
@@ -166,26 +178,41 @@ class Store:
         entry.session = self._engine.session() if session is None else session
         entry.changed = session is not None
         entry.note()
-        self._entries[entry.id] = entry
-        self._counts[owner] = self._counts.get(owner, 0) + 1
-        self._live[entry.id] = entry
+        self._enter(entry)
         await self._make_room(entry)
         return entry
 
     async def delete(self, entry: Entry) -> None:
-        """Forgets a session and its files; what is running on it ends without being kept."""
+        """Forgets a session and its files; what is running on it ends without being kept.
+
+        Where the files cannot be removed it is still there, so that one can try again.
+        """
         if entry.deleted:
             return
         entry.deleted = True
+        self._leave(entry)
+        async with entry.moving:
+            try:
+                if entry.file is not None:
+                    await asyncio.to_thread(self._remove_files, entry.file)
+            except BaseException:
+                entry.deleted = False
+                self._enter(entry)
+                raise
+            entry.session = None
+
+    def _enter(self, entry: Entry) -> None:
+        self._entries[entry.id] = entry
+        self._counts[entry.owner] = self._counts.get(entry.owner, 0) + 1
+        if entry.session is not None:
+            self._live[entry.id] = entry
+
+    def _leave(self, entry: Entry) -> None:
         self._entries.pop(entry.id, None)
         self._live.pop(entry.id, None)
         self._counts[entry.owner] -= 1
         if self._counts[entry.owner] == 0:
             del self._counts[entry.owner]
-        async with entry.moving:
-            entry.session = None
-            if entry.file is not None:
-                await asyncio.to_thread(self._remove_files, entry.file)
 
     @asynccontextmanager
     async def reading(self, entry: Entry) -> AsyncIterator[Session]:
@@ -243,6 +270,7 @@ class Store:
                 raise ApiError("session_not_found", "there is no such session", param="session_id")
             if entry.session is None:
                 entry.session = await asyncio.to_thread(self._restore, entry)
+                entry.note()
                 self.restored += 1
             session = entry.session
         self._live[entry.id] = entry
@@ -311,7 +339,9 @@ class Store:
         }
         try:
             await asyncio.to_thread(self._write_files, name, state, record)
-        except (OSError, StateError) as error:
+        except (OSError, StateError, MemoryError) as error:
+            if entry.file is None:  # nobody would find what is there of them
+                await asyncio.to_thread(self._tidy, name)
             log.error("a session cannot be written to disk: %s", error)
             return False
         entry.file = name
@@ -325,6 +355,10 @@ class Store:
     def _remove_files(self, name: str) -> None:
         for path in (self._path(name).with_suffix(".json"), self._path(name)):
             path.unlink(missing_ok=True)
+
+    def _tidy(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            self._remove_files(name)
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None

@@ -1,35 +1,50 @@
-"""bAbI stories: published files, or the first task made on the spot."""
+"""bAbI stories: published files, or our own (armt.tasks.stories), as the same items."""
 
 from __future__ import annotations
 
 import os
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from armt.demo import grammar
 from armt.errors import InvalidArgument
+from armt.tasks.stories import (
+    TASKS,
+    Item,
+    check_task,
+    generate,
+    generate_many,
+    generate_story,
+)
+
+__all__ = [
+    "TASKS",
+    "Item",
+    "check_task",
+    "find_file",
+    "generate",
+    "generate_many",
+    "generate_story",
+    "make_sentences",
+    "read_items",
+    "sentence_maker",
+]
 
 NUMBERED = re.compile(r"(\d+) +(.*)")
 SLOT = re.compile(r"\{(\w+)\}")
-TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Facts in order, and a question about them."""
-
-    facts: tuple[str, ...]
-    question: str
-    answer: str
-
-
-def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
-    """Every question of a bAbI file, with all facts of its story that stand before it."""
-    problems: list[Problem] = []
-    facts: list[str] = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+def read_items(path: str | os.PathLike[str]) -> list[Item]:
+    """Every question of a bAbI file, with all sentences of its story that stand before it."""
+    items: list[Item] = []
+    sentences: list[str] = []
+    at: dict[str, int] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{path}: {error}; expected a bAbI file") from error
     for number, line in enumerate(lines, 1):
         found = NUMBERED.fullmatch(line.rstrip("\n"))
         if found is None:
@@ -39,57 +54,56 @@ def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
                 )
             continue
         if found[1] == "1":
-            facts = []
-        question, *rest = found[2].split("\t")
+            sentences, at = [], {}
+        text, *rest = found[2].split("\t")
         if rest:
-            problems.append(Problem(tuple(facts), question.strip(), rest[0].strip()))
+            supporting = _supporting(rest[1] if len(rest) > 1 else "", at, f"{path}, line {number}")
+            items.append(Item(tuple(sentences), text.strip(), rest[0].strip(), supporting))
         else:
-            facts.append(question.strip())
-    if not problems:
+            at[found[1]] = len(sentences)
+            sentences.append(text.strip())
+    if not items:
         raise InvalidArgument(f"{path}: found no question, expected a bAbI file")
-    return problems
+    return items
 
 
-def find_file(path: str | os.PathLike[str], task: str) -> Path:
-    """``path`` itself, or the test file of ``task`` in the folder ``path``."""
+def _supporting(numbers: str, at: dict[str, int], where: str) -> tuple[int, ...]:
+    """Line numbers of a story as indices of its sentences."""
+    unknown = [number for number in numbers.split() if number not in at]
+    if unknown:
+        raise InvalidArgument(
+            f"{where}: found supporting line {unknown[0]}, expected one of the story's sentences"
+        )
+    return tuple(at[number] for number in numbers.split())
+
+
+def find_file(path: str | os.PathLike[str], task: str, *, split: str = "test") -> Path:
+    """``path`` itself, or the file of ``task`` in the folder ``path``."""
     place = Path(path)
     if not place.is_dir():
         if not place.is_file():
             raise InvalidArgument(f"{place}: no such file or folder, expected bAbI data")
         return place
-    found = sorted(place.glob(f"{task}_*test.txt"))
+    found = sorted(place.glob(f"{task}_*{split}.txt"))
     if len(found) != 1:
         names = ", ".join(f.name for f in found) or "none"
-        raise InvalidArgument(f"{place}: found {names}, expected one file {task}_*test.txt")
+        raise InvalidArgument(f"{place}: found {names}, expected one file {task}_*{split}.txt")
     return found[0]
 
 
-def make_problems(count: int, seed: int = 0, *, moves: int = 8) -> list[Problem]:
-    """Problems of the first task, by our own rules: people go to places; where is one of them?"""
-    rng = random.Random(seed)
-    return [_make_problem(rng, rng.randint(2, moves)) for _ in range(count)]
-
-
-def _make_problem(rng: random.Random, moves: int) -> Problem:
-    where: dict[str, str] = {}
-    facts = []
-    for _ in range(moves):
-        person = rng.choice(grammar.PEOPLE)
-        place = rng.choice([p for p in grammar.PLACES if p != where.get(person)])
-        where[person] = place
-        verb = rng.choice(grammar.VERBS)
-        facts.append(grammar.FACT.format(person=person, verb=verb, place=place))
-    asked = rng.choice(sorted(where))
-    question = grammar.QUESTION.format(person=asked).strip()
-    return Problem(tuple(facts), question, where[asked])
-
-
-def make_sentences(count: int, seed: int = 0) -> list[str]:
-    """Book-like sentences from the demo's grammar, which say nothing about the people."""
+def sentence_maker(seed: int = 0) -> Callable[[], str]:
+    """Makes book-like sentences from the demo's grammar, which say nothing about the people of the
+    stories; the same seed makes the same ones."""
     rng = random.Random(seed)
 
     def phrase(slot: re.Match[str]) -> str:
         text = rng.choice(grammar.PHRASES[slot[1].lower()])
         return text[0].upper() + text[1:] if slot[1][0].isupper() else text
 
-    return [SLOT.sub(phrase, rng.choice(grammar.SENTENCES)) for _ in range(count)]
+    return lambda: SLOT.sub(phrase, rng.choice(grammar.SENTENCES))
+
+
+def make_sentences(count: int, seed: int = 0) -> list[str]:
+    """``count`` sentences of :func:`sentence_maker`."""
+    make = sentence_maker(seed)
+    return [make() for _ in range(count)]

@@ -7,81 +7,33 @@ random places between sentences; the book begins at a random sentence and starts
 
 from __future__ import annotations
 
-import gzip
-import lzma
-import os
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from armt.engine import Engine
 from armt.errors import InvalidArgument
-from armt.tasks.babi import Problem
-from armt.tasks.reading import read_all, shifted
+from armt.tasks.background import Book, read_sentences
+from armt.tasks.comparing import compare
+from armt.tasks.journal import Cell, Journal
+from armt.tasks.reading import Reader, Report, answers_of, read_rows, shifted
 from armt.tasks.scores import Score
+from armt.tasks.stories import Item
 from armt.text import TextSettings, Tokenizer
 
+__all__ = ["Answer", "Book", "Maker", "Sample", "evaluate", "read_sentences"]
+
 Ids = npt.NDArray[np.int32]
-SENTENCE_END = re.compile(r"""(?<=[.!?]["')])\s+|(?<=[.!?])\s+(?=["'(A-Z])|\n\s*\n""")
-UNIT = {"": 1, "k": 1024, "m": 1024**2}
-
-
-def parse_length(text: str) -> int:
-    """ "32k" as 32,768; k = 1,024, M = 1,048,576."""
-    found = re.fullmatch(r"(\d+)([kKmM]?)", text.strip())
-    if found is None:
-        raise InvalidArgument(f"length: found {text!r}, expected tokens such as 512, 32k or 1M")
-    return int(found[1]) * UNIT[found[2].lower()]
-
-
-def read_sentences(path: str | os.PathLike[str]) -> list[str]:
-    """The sentences of a UTF-8 text file (also .xz or .gz), white space collapsed."""
-    file = Path(path)
-    if not file.is_file():
-        raise InvalidArgument(f"{file}: no such file, expected a text")
-    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix, open)
-    try:
-        with opener(file, "rt", encoding="utf-8-sig") as source:
-            text = source.read()
-    except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise InvalidArgument(f"{file}: {error}; expected UTF-8 text") from error
-    sentences = [" ".join(part.split()) for part in SENTENCE_END.split(text)]
-    sentences = [sentence for sentence in sentences if sentence]
-    if not sentences:
-        raise InvalidArgument(f"{file}: the text is empty, expected sentences")
-    return sentences
-
-
-class Book:
-    """Sentences and, once used, their token ids."""
-
-    def __init__(self, sentences: Sequence[str], tokenizer: Tokenizer) -> None:
-        self._sentences = sentences
-        self._tokenizer = tokenizer
-        self._ids: dict[int, Ids] = {}
-
-    def __len__(self) -> int:
-        return len(self._sentences)
-
-    def ids(self, index: int) -> Ids:
-        """Ids of a sentence inside a text."""
-        index %= len(self._sentences)
-        if index not in self._ids:
-            self._ids[index] = self._tokenizer.encode_inside(self._sentences[index])
-        return self._ids[index]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One text to read, a piece at a time, and what is asked behind it."""
 
-    problem: Problem
+    item: Item
     start: Ids
     facts: tuple[Ids, ...]
     places: tuple[int, ...]
@@ -91,130 +43,172 @@ class Sample:
     first: int
     """The book's sentence at the beginning."""
     prompt: Ids
+    positions: list[int] = field(default_factory=list)
+    """Tokens of the text before each fact; known when the text has been streamed."""
 
     def stream(self, book: Book) -> Iterator[Ids]:
-        """The text without the question."""
-        if len(self.start):
+        """The text without the question, in pieces; never more than one of them is in memory."""
+        self.positions.clear()
+        at = len(self.start)
+        if at:
             yield self.start
         waiting = list(zip(self.places, self.facts, strict=True))
-        done, index = 0, self.first
+        done = 0
+        parts = book.parts(self.first)
         while done < self.noise:
-            while waiting and waiting[0][0] <= done:
-                yield waiting.pop(0)[1]
-            ids = book.ids(index)[: self.noise - done]
-            yield ids
-            done += len(ids)
-            index += 1
-        yield from (ids for _, ids in waiting)
+            ids, starts = next(parts)
+            begin = 0
+            while begin < len(ids) and done < self.noise:
+                while waiting and waiting[0][0] <= done:
+                    fact = waiting.pop(0)[1]
+                    self.positions.append(at)
+                    at += len(fact)
+                    yield fact
+                end = len(ids)
+                if waiting:  # up to the first end of a sentence that is far enough
+                    wanted = begin + waiting[0][0] - done
+                    after = int(np.searchsorted(starts, wanted))
+                    end = int(starts[min(after, len(starts) - 1)])
+                end = min(end, begin + self.noise - done)
+                yield ids[begin:end]
+                done, at, begin = done + end - begin, at + end - begin, end
+        for _, fact in waiting:
+            self.positions.append(at)
+            at += len(fact)
+            yield fact
+
+    @property
+    def fact_at(self) -> int:
+        """Tokens before the last fact that the answer needs; -1 where it is not known."""
+        return self.positions[max(self.item.supporting)] if self.item.supporting else -1
 
 
-def make_sample(
-    problem: Problem,
-    *,
-    length: int,
-    room: int,
-    book: Book,
-    tokenizer: Tokenizer,
-    settings: TextSettings,
-    rng: np.random.Generator,
-) -> Sample:
-    """A sample of ``length`` tokens, ``room`` of them for the answer."""
-    start = tokenizer.start_ids
-    facts = tuple(tokenizer.encode_inside(fact) for fact in problem.facts)
-    prompt = tokenizer.encode(settings.prompt(problem.question))
-    needed = len(start) + sum(map(len, facts)) + len(prompt) + room
-    if 0 < length < needed:
-        raise InvalidArgument(
-            f"length: found {length}, expected 0 or at least {needed}: so many tokens take the "
-            "facts, the question and room for the answer"
-        )
-    noise = max(length - needed, 0)
-    places = np.sort(rng.integers(0, noise + 1, len(facts)))
-    first = int(rng.integers(len(book)))
-    return Sample(problem, start, facts, tuple(map(int, places)), noise, first, prompt)
+@dataclass
+class Maker:
+    """Makes samples of the items of one task, ``room`` tokens of each for the answer."""
+
+    items: Sequence[Item]
+    book: Book
+    tokenizer: Tokenizer
+    settings: TextSettings
+    room: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._known: dict[str, Ids] = {}
+        self._order = np.random.default_rng(self.seed).permutation(len(self.items)).tolist()
+
+    def samples(self, length: int, count: int) -> list[Sample]:
+        """``count`` samples. The same seed asks the same items at every length, but for items with
+        more facts than fit: those are passed over; InvalidArgument if none fits."""
+        rows: list[Sample] = []
+        too_long: InvalidArgument | None = None
+        while len(rows) < count:
+            before = len(rows)
+            for index in self._order:
+                try:
+                    rows.append(self.sample(self.items[index], length, len(rows)))
+                except InvalidArgument as error:
+                    too_long = error
+                if len(rows) == count:
+                    break
+            if len(rows) == before and too_long is not None:
+                raise too_long
+        if rows:
+            self.book.require(max(row.noise for row in rows))
+        return rows
+
+    def sample(self, item: Item, length: int, number: int) -> Sample:
+        """Sample ``number`` of its length; InvalidArgument if the facts do not fit."""
+        start = self.tokenizer.start_ids
+        facts = tuple(map(self._fact, item.sentences))
+        prompt = self.tokenizer.encode(self.settings.prompt(item.question))
+        needed = len(start) + sum(map(len, facts)) + len(prompt) + self.room
+        if 0 < length < needed:
+            raise InvalidArgument(
+                f"length: found {length}, expected 0 or at least {needed}: so many tokens take the "
+                "facts, the question and room for the answer"
+            )
+        noise = max(length - needed, 0)
+        rng = np.random.default_rng([self.seed, length, number])
+        places = np.sort(rng.integers(0, noise + 1, len(facts)))
+        first = int(rng.integers(len(self.book)))
+        return Sample(item, start, facts, tuple(map(int, places)), noise, first, prompt)
+
+    def _fact(self, sentence: str) -> Ids:
+        if sentence not in self._known:
+            self._known[sentence] = self.tokenizer.encode_inside(sentence)
+        return self._known[sentence]
 
 
 @dataclass(frozen=True)
 class Answer:
     """One sample's outcome."""
 
-    length: int
+    index: int
     question: str
     expected: str
     answer: str
-
-    @property
-    def right(self) -> bool:
-        """Exact match, but for case."""
-        return self.answer.casefold() == self.expected.casefold()
+    right: bool
+    """Exact match, but for case."""
+    fact_at: int
+    """Tokens before the last fact that the answer needs; -1 where the data does not say."""
+    tokens: int
+    """Tokens read, the question included."""
+    seconds: float
+    """Share of the time that its batch took."""
 
 
 def evaluate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    settings: TextSettings,
+    reader: Reader,
+    maker: Maker,
     *,
-    problems: Sequence[Problem],
-    book: Book,
+    cell: Cell,
     length: int,
     samples: int,
-    seed: int = 0,
     batch: int = 8,
-    max_new_tokens: int = 16,
-    report: Callable[[int], Any] | None = None,
-) -> tuple[Score, list[Answer]]:
-    """``samples`` samples of one length. The same seed asks the same problems at every length, but
-    for problems with more facts than fit: those are passed over.
+    stop_ids: Sequence[int] = (),
+    journal: Journal | None = None,
+    other: Reader | None = None,
+    report: Report | None = None,
+) -> Score:
+    """``samples`` samples of one length, those apart that ``journal`` holds already under ``cell``.
 
-    ``report`` is told the tokens read so far.
+    ``other`` answers the same questions, to be compared. ``report`` is told the tokens read so far.
     """
-    order = np.random.default_rng(seed).permutation(len(problems))
-    rng = np.random.default_rng([seed, length])
-
-    def make(index: int) -> Sample:
-        return make_sample(
-            problems[index],
-            length=length,
-            room=max_new_tokens,
-            book=book,
-            tokenizer=tokenizer,
-            settings=settings,
-            rng=rng,
-        )
-
-    rows = _that_fit(make, order.tolist(), samples)
-    answers: list[Answer] = []
+    journal = Journal() if journal is None else journal
+    rows = maker.samples(length, samples)
     done = 0
-    start = time.perf_counter()
-    for first in range(0, samples, batch):
+    for first in range(len(journal.of(cell)), samples, batch):
         part = rows[first : first + batch]
-        streams = [row.stream(book) for row in part]
-        sessions = read_all(engine, streams, shifted(report, done))
-        engine.feed_many([(s, row.prompt) for s, row in zip(sessions, part, strict=True)])
-        done += sum(session.tokens for session in sessions)
-        stop = engine.checkpoint.eos_token_ids
-        found = engine.generate_many(sessions, max_new_tokens, stop_ids=stop)
-        for session, row, ids in zip(sessions, part, found, strict=True):
-            text = tokenizer.decode(i for i in ids if i not in stop).strip()
-            answers.append(Answer(length, row.problem.question, row.problem.answer, text))
-            session.close()
-    right = sum(answer.right for answer in answers)
-    return Score(right, samples, done, time.perf_counter() - start), answers
+        start = time.perf_counter()
+        read = read_rows(reader, [row.stream(maker.book) for row in part], shifted(report, done))
+        prompts = [row.prompt for row in part]
+        found = answers_of(reader, prompts, maker.room, stop_ids)
+        seconds = (time.perf_counter() - start) / len(part)
+        done += read
+        lines: list[dict[str, Any]] = []
+        for i, (row, ids) in enumerate(zip(part, found, strict=True)):
+            text = maker.tokenizer.decode(ids).strip()
+            answer = Answer(
+                index=first + i,
+                question=row.item.question,
+                expected=row.item.answer,
+                answer=text,
+                right=text.casefold() == row.item.answer.casefold(),
+                fact_at=row.fact_at,
+                tokens=reader_tokens(row),
+                seconds=seconds,
+            )
+            lines.append(vars(answer).copy())
+        if other is not None:
+            read_rows(other, [row.stream(maker.book) for row in part])
+            compared = compare(reader, other, prompts, found, maker.room, stop_ids)
+            lines = [line | more for line, more in zip(lines, compared, strict=True)]
+        journal.add(cell, lines)
+    return Score.of(journal.of(cell)[:samples])
 
 
-def _that_fit(make: Callable[[int], Sample], order: Sequence[int], count: int) -> list[Sample]:
-    """``count`` samples of the problems in ``order``, which start over; InvalidArgument if none
-    fits its length."""
-    rows: list[Sample] = []
-    while len(rows) < count:
-        before = len(rows)
-        for index in order:
-            try:
-                rows.append(make(index))
-            except InvalidArgument as error:
-                too_long = error
-            if len(rows) == count:
-                break
-        if len(rows) == before:
-            raise too_long
-    return rows
+def reader_tokens(row: Sample) -> int:
+    """Tokens of a sample, the question included."""
+    return len(row.start) + sum(map(len, row.facts)) + row.noise + len(row.prompt)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from armt.engine import Engine
 from armt.errors import InvalidArgument
-from armt.tasks.reading import read_all, shifted
+from armt.tasks.comparing import compare
+from armt.tasks.journal import Journal
+from armt.tasks.reading import Reader, Report, read_rows, shifted
 from armt.tasks.scores import Score
 
 Ids = npt.NDArray[np.int32]
@@ -55,18 +56,18 @@ class Layout:
         """Number of different keys."""
         return int(self.alphabet**self.key_symbols)
 
-    def check(self, engine: Engine) -> None:
-        """InvalidArgument where the engine's model cannot have been taught this layout."""
-        if engine.segment_size != self.segment:
+    def check(self, segment_size: int, vocab_size: int) -> None:
+        """InvalidArgument where a model of these sizes cannot have been taught this layout."""
+        if segment_size != self.segment:
             raise InvalidArgument(
-                f"retrieval: found a segment of {engine.segment_size} tokens, expected "
+                f"retrieval: found a segment of {segment_size} tokens, expected "
                 f"{self.segment}: keys of {self.key_symbols} symbols and 3 tokens; is this model "
                 "trained for retrieval?"
             )
         largest = max(self.alphabet - 1, self.sep, self.gen, self.eos, self.filler)
-        if largest >= engine.vocab_size:
+        if largest >= vocab_size:
             raise InvalidArgument(
-                f"retrieval: found a vocabulary of {engine.vocab_size}, expected more than "
+                f"retrieval: found a vocabulary of {vocab_size}, expected more than "
                 f"{largest}; give the layout in config.json under retrieval"
             )
 
@@ -90,65 +91,146 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What one group of samples reads and is asked."""
+
+    kind: Kind
+    pairs: int
+    keys: int = 0
+    """rewrite: so many different keys; remember: as many as pairs."""
+    filler: int = 0
+    """Empty segments between the pairs and the question."""
+
+    def check(self, layout: Layout) -> None:
+        """InvalidArgument where the layout has too few keys."""
+        if self.kind not in ("remember", "rewrite"):
+            raise InvalidArgument(f"kind: found {self.kind!r}, expected remember or rewrite")
+        needed = self.pairs if self.kind == "remember" else self.keys
+        if not 1 <= needed <= layout.keys or self.pairs < 1 or self.filler < 0:
+            name = "pairs" if self.kind == "remember" else "keys"
+            raise InvalidArgument(f"{name}: found {needed}, expected 1 .. {layout.keys}")
+
+    def tokens(self, layout: Layout) -> int:
+        """Tokens that one sample reads before its question."""
+        return (self.pairs + self.filler) * layout.segment
+
+    def cell(self) -> dict[str, Any]:
+        """For files."""
+        keys = {"keys": self.keys} if self.kind == "rewrite" else {}
+        return {"kind": self.kind, "pairs": self.pairs} | keys | {"filler": self.filler}
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Pairs in order, and the one that is asked for."""
+    """Pairs in order, and what is asked."""
 
     keys: Ids
     values: Ids
-    asked: int
-    answer: int
+    asked: tuple[int, ...]
+    """Keys, one a question."""
+    answers: tuple[int, ...]
+    """Their newest values."""
+    written: tuple[int, ...]
+    """The segments in which these were read."""
 
 
 def make_sample(
-    kind: Kind, pairs: int, layout: Layout, rng: np.random.Generator, *, pool: int
+    trial: Trial, layout: Layout, rng: np.random.Generator, questions: int = 1
 ) -> Sample:
-    """A random sample; *rewrite* draws its keys from ``pool`` keys."""
+    """A random sample; *rewrite* draws its keys from ``trial.keys`` keys."""
+    pairs = trial.pairs
     values = rng.integers(0, layout.alphabet, pairs).astype(np.int32)
-    some = rng.choice(layout.keys, pairs if kind == "remember" else pool, replace=False)
-    keys = (some if kind == "remember" else rng.choice(some, pairs)).astype(np.int32)
-    asked = int(rng.choice(np.unique(keys)))
-    newest = int(np.flatnonzero(keys == asked)[-1])
-    return Sample(keys, values, asked, int(values[newest]))
+    pool = pairs if trial.kind == "remember" else trial.keys
+    some = rng.choice(layout.keys, pool, replace=False)
+    keys = (some if trial.kind == "remember" else rng.choice(some, pairs)).astype(np.int32)
+    asked = rng.choice(np.unique(keys), questions)
+    written = [int(np.flatnonzero(keys == key)[-1]) for key in asked]
+    answers = tuple(int(values[at]) for at in written)
+    return Sample(keys, values, tuple(map(int, asked)), answers, tuple(written))
+
+
+REMEMBER = (1, 2, 5, 10, 20, 50, 100, 150, 200)
+REWRITE = (50, 100, 200, 500, 1000, 2000, 5000)
+KEYS = (10, 50)
+FILLER = (0, 100, 1000, 10_000)
+HELD = 50
+"""Pairs held while filler is read."""
+
+
+def curves(layout: Layout) -> list[Trial]:
+    """All the curves: how many pairs are remembered, how often a value can be rewritten, how long
+    pairs outlast filler. Sizes that need more keys than the layout has are left out."""
+    trials = [Trial("remember", n) for n in REMEMBER if n <= layout.keys]
+    trials += [Trial("rewrite", n, keys=k) for k in KEYS for n in REWRITE if k <= layout.keys]
+    return trials + [Trial("remember", min(HELD, layout.keys), filler=n) for n in FILLER[1:]]
 
 
 def evaluate(
-    engine: Engine,
+    reader: Reader,
+    layout: Layout,
+    trial: Trial,
     *,
-    kind: Kind,
-    pairs: int,
     samples: int,
-    pool: int = 10,
-    filler: int = 0,
+    questions: int = 1,
     seed: int = 0,
     batch: int = 32,
-    report: Callable[[int], Any] | None = None,
+    journal: Journal | None = None,
+    other: Reader | None = None,
+    report: Report | None = None,
 ) -> Score:
-    """Asks one question after each of ``samples`` samples; ``filler`` empty segments come between
-    the pairs and the question. ``report`` is told the tokens read so far."""
-    layout = Layout.of(engine.checkpoint.folder)
-    layout.check(engine)
-    _check(layout, kind, pairs, pool)
-    rng = np.random.default_rng(seed)
-    rows = [make_sample(kind, pairs, layout, rng, pool=pool) for _ in range(samples)]
-    right = done = 0
-    start = time.perf_counter()
-    for first in range(0, samples, batch):
-        part = rows[first : first + batch]
-        streams = [_stream(layout, row, filler) for row in part]
-        sessions = read_all(engine, streams, shifted(report, done))
-        done += sum(session.tokens for session in sessions)
-        asked = [(s, layout.question(r.asked)) for s, r in zip(sessions, part, strict=True)]
-        outputs = engine.feed_many(asked, logits="last")
-        for session, output, row in zip(sessions, outputs, part, strict=True):
-            assert output.logits is not None
-            right += int(output.logits.argmax()) == row.answer
-            session.close()
-    return Score(right, samples, done, time.perf_counter() - start)
+    """``samples`` samples, those apart that ``journal`` holds already; ``questions`` questions
+    after each, of keys that were read. ``other`` answers the same ones, to be compared. ``report``
+    is told the tokens read so far."""
+    trial.check(layout)
+    journal = Journal() if journal is None else journal
+    cell = trial.cell() | {"questions": questions}
+    done = 0
+    for first in range(len(journal.of(cell)) // questions, samples, batch):
+        count = min(batch, samples - first)
+        rows = [
+            make_sample(trial, layout, np.random.default_rng([seed, trial.pairs, i]), questions)
+            for i in range(first, first + count)
+        ]
+        start = time.perf_counter()
+        read = read_rows(
+            reader, [_stream(layout, r, trial.filler) for r in rows], shifted(report, done)
+        )
+        asked = [[layout.question(row.asked[q]) for row in rows] for q in range(questions)]
+        found = [reader.ask(prompts) for prompts in asked]
+        seconds = (time.perf_counter() - start) / count
+        done += read
+        lines = [
+            _line(layout, trial, row, [int(f[i]) for f in found]) for i, row in enumerate(rows)
+        ]
+        for row_lines in lines:
+            row_lines[0] |= {"tokens": read // count, "seconds": seconds}
+        if other is not None:
+            read_rows(other, [_stream(layout, row, trial.filler) for row in rows])
+            for q, prompts in enumerate(asked):
+                answers = [[int(token)] for token in found[q]]
+                more = compare(reader, other, prompts, answers, 1, ())
+                for row_lines, extra in zip(lines, more, strict=True):
+                    row_lines[q] |= extra
+        journal.add(cell, [line for row_lines in lines for line in row_lines])
+    return Score.of(journal.of(cell)[: samples * questions])
 
 
-def tokens_of(layout: Layout, pairs: int, filler: int) -> int:
-    """Tokens that one sample reads before its question."""
-    return (pairs + filler) * layout.segment
+def _line(layout: Layout, trial: Trial, row: Sample, found: list[int]) -> list[dict[str, Any]]:
+    """One answer for each question."""
+    return [
+        {
+            "key": key,
+            "expected": answer,
+            "answer": token,
+            "right": token == answer,
+            "segments_ago": trial.pairs - written + trial.filler,
+            "tokens": 0,
+            "seconds": 0.0,
+        }
+        for key, answer, written, token in zip(
+            row.asked, row.answers, row.written, found, strict=True
+        )
+    ]
 
 
 def capacity(pairs: int, accuracy: float, values: int) -> float:
@@ -162,12 +244,3 @@ def _stream(layout: Layout, row: Sample, filler: int) -> Iterator[Ids]:
     whole, rest = divmod(filler, 1024)
     for count in [1024] * whole + ([rest] if rest else []):
         yield np.full(count * layout.segment, layout.filler, np.int32)
-
-
-def _check(layout: Layout, kind: Kind, pairs: int, pool: int) -> None:
-    if kind not in ("remember", "rewrite"):
-        raise InvalidArgument(f"kind: found {kind!r}, expected remember or rewrite")
-    needed = pairs if kind == "remember" else pool
-    if not 1 <= needed <= layout.keys or pairs < 1:
-        name = "pairs" if kind == "remember" else "keys"
-        raise InvalidArgument(f"{name}: found {needed}, expected 1 .. {layout.keys}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,16 @@ class Score:
     samples: int
     tokens: int
     seconds: float
+
+    @classmethod
+    def of(cls, answers: Sequence[Mapping[str, Any]]) -> Score:
+        """The score of answers with the fields right, tokens and seconds."""
+        return cls(
+            sum(bool(a["right"]) for a in answers),
+            len(answers),
+            sum(int(a["tokens"]) for a in answers),
+            sum(float(a["seconds"]) for a in answers),
+        )
 
     @property
     def accuracy(self) -> float:

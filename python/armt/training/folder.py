@@ -2,31 +2,100 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from armt.checkpoint import load_checkpoint
+from armt.checkpoint.arrays import to_float32
+from armt.checkpoint.sources import open_weights
 from armt.errors import CheckpointError, InvalidArgument
-from armt.training.model import Armt
+
+if TYPE_CHECKING:
+    from armt.training.trainer import Report
 
 PROGRESS = "training.pt"
+METRICS = "metrics.jsonl"
 DATA_ALIGNMENT = 64
+STORED_AS = {"float32": "F32", "float16": "F16"}
 
 
-def write_model(folder: Path, model: Armt, facts: Mapping[str, Any]) -> None:
-    """config.json (with ``facts``) and model.safetensors, each replaced as a whole."""
-    tensors = {name: t.detach().float().cpu().numpy() for name, t in model.state_dict().items()}
-    _replace(folder / "model.safetensors", lambda path: _write_tensors(path, tensors))
-    text = json.dumps(model.shape.config() | dict(facts), indent=2) + "\n"
+def write_model(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    files: Mapping[str, Path] | None = None,
+    *,
+    dtype: str = "float32",
+) -> None:
+    """config.json, model.safetensors (float32 or float16) and copies of ``files``, each replaced as
+    a whole."""
+    kind = np.dtype(dtype)
+    arrays = {n: t.detach().float().cpu().numpy().astype(kind) for n, t in tensors.items()}
+    _replace(folder / "model.safetensors", lambda path: _write_tensors(path, arrays))
+    text = json.dumps(dict(config), indent=2) + "\n"
     _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-    load_checkpoint(folder)  # a fault is better found now than by who uses it
+    for name, source in (files or {}).items():
+        data = source.read_bytes()
+        _replace(folder / name, functools.partial(_write_bytes, data))
+    if config["dialect"] != "mamba":
+        load_checkpoint(folder)  # a fault is better found now than by who uses it
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+class Metrics:
+    """One JSON line a report in metrics.jsonl; those behind the step one goes on from are cut."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._path = folder / METRICS
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        text = "".join(line + "\n" for line in kept)
+        _replace(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def __enter__(self) -> Metrics:
+        self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, report: Report, **facts: float) -> None:
+        """One line."""
+        self._file.write(json.dumps(asdict(report) | facts) + "\n")
+        self._file.flush()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; one that was torn counts as the future."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Gives ``model`` the weights of a folder; InvalidArgument where they do not fit."""
+    path = folder / "model.safetensors"
+    tensors = {
+        stored.name: torch.from_numpy(np.array(to_float32(stored.read(), stored.dtype)))
+        for stored in open_weights(path)
+    }
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InvalidArgument(f"{path}: does not fit: {error}") from error
 
 
 def write_progress(folder: Path, progress: Mapping[str, Any]) -> None:
@@ -73,16 +142,17 @@ def _replace(target: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, values in tensors.items():
         end = offset + values.nbytes
-        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [offset, end]}
+        code = STORED_AS[values.dtype.name]
+        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for values in tensors.values():
-            file.write(np.ascontiguousarray(values, dtype="<f4").data)
+            file.write(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)

@@ -1,14 +1,14 @@
 """What the command line needs of the training, in one place."""
 
 from armt.training.folder import new_folder, read_progress, write_model, write_progress
-from armt.training.retrieval import Plan, Trainer, stages
+from armt.training.recipe import read_recipe
+from armt.training.trainer import Trainer
 
 __all__ = [
-    "Plan",
     "Trainer",
     "new_folder",
     "read_progress",
-    "stages",
+    "read_recipe",
     "write_model",
     "write_progress",
 ]
