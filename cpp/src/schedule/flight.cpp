@@ -102,8 +102,8 @@ void settle(const ModelConfig& config, Flight& flight) {
 
 void land(Backend& backend, const ModelConfig& config, Workspace& workspace, Flight& flight,
           const ScheduleHooks& hooks) {
-  const bool used = config.recurrent_tokens() ||
-                    std::ranges::any_of(flight.output_tokens, [](int64_t tokens) { return tokens > 0; });
+  const bool used =
+      config.recurrent_tokens() || std::ranges::any_of(flight.output_tokens, [](int64_t tokens) { return tokens > 0; });
   if (used) backend.final_norm(workspace.last, workspace.normed, std::ssize(flight.gathered));
   int64_t first = 0, tokens_in_wave = 0;
   for (size_t i = 0; i < flight.wave.items.size(); ++i) {
