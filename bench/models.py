@@ -8,6 +8,7 @@ a forgotten one shows.
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import armt
+from armt.checkpoint.weights_file import Entry, write_tensors
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -163,21 +165,11 @@ def save(geometry: Geometry, weights: dict[str, FloatArray], folder: Path) -> Pa
     """Writes config.json and model.safetensors (float32)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(geometry.config(), indent=1) + "\n")
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, array in weights.items():
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in weights.values():
-            file.write(array.tobytes())
+    entries = [
+        Entry(name, "float32", array.shape, functools.partial(np.asarray, array))
+        for name, array in weights.items()
+    ]
+    write_tensors(folder / "model.safetensors", entries, "pt")
     return folder
 
 

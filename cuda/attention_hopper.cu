@@ -242,12 +242,7 @@ template <class T, int dim, int groups>
 bool launch(const AttendArgs& args, cudaStream_t stream) {
   using S = Shape<dim, groups>;
   const auto kernel = hopper_kernel<T, dim, groups>;
-  static const bool runs = [&] {
-    cudaFuncAttributes found{};
-    const bool here = cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.binaryVersion == 90;
-    cudaGetLastError();
-    return here;
-  }();
+  static const bool runs = has_hopper_code(reinterpret_cast<const void*>(kernel));
   if (!runs) return false;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes), "cudaFuncSetAttribute");
   const dim3 grid(static_cast<unsigned>(ceil_div(args.batch.max_cell_rows, S::kRows)), args.q_heads,

@@ -13,6 +13,13 @@ void check(cudaError_t code, const char* call) {
                     cudaGetErrorName(code) + ")");
 }
 
+bool has_hopper_code(const void* kernel) {
+  cudaFuncAttributes found{};
+  const bool here = cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.binaryVersion == 90;
+  cudaGetLastError();
+  return here;
+}
+
 DeviceScope::DeviceScope(int device) {
   check(cudaGetDevice(&before_), "cudaGetDevice");
   if (before_ == device) return;

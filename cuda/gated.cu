@@ -160,13 +160,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 bool can_fuse_gate() {
-  cudaFuncAttributes found{};
   int device = 0, major = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  const bool runs = cudaFuncGetAttributes(&found, gated_kernel) == cudaSuccess;
-  cudaGetLastError();
-  if (!runs || major != 9 || found.binaryVersion != 90) return false;
+  if (major != 9 || !has_hopper_code(reinterpret_cast<const void*>(gated_kernel))) return false;
   check(cudaFuncSetAttribute(gated_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
   return true;

@@ -141,14 +141,14 @@ class Tokenizer:
 
     def encode_many_inside(self, sentences: Sequence[str]) -> list[Ids]:
         """``encode_inside`` of each, on all cores."""
-        before = len(self._ids("."))
+        before = self._ids(".")
         texts = [". " + sentence for sentence in sentences]
         found = self._backend.encode_batch(texts, add_special_tokens=False)
-        rows = [np.array(encoding.ids, np.int32) for encoding in found]
-        dot = self._ids(".")
         return [
-            row[before:] if row[:before].tolist() == dot else self.encode_inside(sentence)
-            for row, sentence in zip(rows, sentences, strict=True)
+            np.array(encoding.ids[len(before) :], np.int32)
+            if encoding.ids[: len(before)] == before
+            else self.encode_inside(sentence)
+            for encoding, sentence in zip(found, sentences, strict=True)
         ]
 
     @property

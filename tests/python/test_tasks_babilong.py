@@ -113,7 +113,7 @@ def test_a_sample_has_its_length_and_all_facts_in_order(tokenizer: Tokenizer, le
     maker = make_maker(tokenizer)
     for sample in maker.samples(length, 5):
         ids = np.concatenate([*sample.stream(maker.book), sample.prompt])
-        assert len(ids) == babilong.reader_tokens(sample)
+        assert len(ids) == sample.tokens
         assert length == 0 or len(ids) == length - 8
         for at, fact in zip(sample.positions, sample.facts, strict=True):
             assert ids[at : at + len(fact)].tolist() == fact.tolist()

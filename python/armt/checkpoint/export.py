@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
-from armt.checkpoint.arrays import ITEM_BYTES, KEPT, Array, convert, to_float32
+from armt.checkpoint.arrays import KEPT, Array, convert, to_float32
 from armt.checkpoint.checkpoint import Checkpoint, TensorPlan
 from armt.checkpoint.native import FORMAT, WEIGHTS, tensor_name
+from armt.checkpoint.weights_file import Entry, write_tensors
 from armt.errors import CheckpointError, InvalidArgument
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
-STORED_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,7 +32,6 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-DATA_ALIGNMENT = 64
 
 
 def export_folder(
@@ -89,36 +89,21 @@ def _stored_dtype(plan: TensorPlan, dtype: str | None) -> str:
 
 
 def _write_weights(path: Path, plans: Sequence[TensorPlan], dtype: str | None) -> None:
-    # Wide elements first, so that every tensor is aligned to its own element size.
-    order = sorted(plans, key=lambda plan: -ITEM_BYTES[_stored_dtype(plan, dtype)])
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
-    offset = 0
-    for plan in order:
+    entries = []
+    for plan in plans:
         stored = _stored_dtype(plan, dtype)
-        end = offset + int(np.prod(plan.shape, dtype=np.int64)) * ITEM_BYTES[stored]
-        header[tensor_name(plan.slot, plan.layer)] = {
-            "dtype": STORED_TYPES[stored],
-            "shape": list(plan.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    with path.open("wb") as file:
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for plan in order:
-            _write_tensor(file, plan, _stored_dtype(plan, dtype))
-        file.flush()
-        os.fsync(file.fileno())
+        read = functools.partial(_read_as, plan, stored)
+        entries.append(Entry(tensor_name(plan.slot, plan.layer), stored, plan.shape, read))
+    write_tensors(path, entries, FORMAT)
 
 
-def _write_tensor(file: IO[bytes], plan: TensorPlan, dtype: str) -> None:
+def _read_as(plan: TensorPlan, dtype: str) -> Array:
     array = plan.read()
     with np.errstate(over="ignore"):
         stored = convert(array, plan.dtype, dtype)
     if dtype == "float16" and plan.dtype != "float16":
         _check_range(plan, array, stored)
-    file.write(np.ascontiguousarray(stored).data)
+    return stored
 
 
 def _check_range(plan: TensorPlan, array: Array, stored: Array) -> None:

@@ -160,4 +160,4 @@ def _items(data: Path | None, tasks: str, seed: int) -> dict[str, Sequence[Item]
 def _sentences(books: list[Path] | None, read: Callable[[Path], list[str]]) -> list[str]:
     from armt.tasks.babi import make_sentences
 
-    return [s for book in books for s in read(book)] if books else make_sentences(20_000)
+    return [s for book in books for s in read(book)] if books else make_sentences()

@@ -33,15 +33,10 @@ class Builder:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of ``text`` inside a text: the tokenizer puts a space before a text's start."""
-        before, ids = (
+        before, both = (
             self._tokenizer.encode(part, add_special_tokens=False).ids for part in ("a", "a" + text)
         )
-        if ids[: len(before)] != before:
-            before, ids = (
-                self._tokenizer.encode(part, add_special_tokens=False).ids
-                for part in (".", "." + text)
-            )
-        found: list[int] = ids[len(before) :]
+        found: list[int] = both[len(before) :]
         return found
 
     def phrase(self, text: str) -> tuple[str, list[int]]:

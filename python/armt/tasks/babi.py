@@ -103,7 +103,7 @@ def sentence_maker(seed: int = 0) -> Callable[[], str]:
     return lambda: SLOT.sub(phrase, rng.choice(grammar.SENTENCES))
 
 
-def make_sentences(count: int, seed: int = 0) -> list[str]:
-    """``count`` sentences of :func:`sentence_maker`."""
+def make_sentences(count: int = 20_000, seed: int = 0) -> list[str]:
+    """``count`` sentences of :func:`sentence_maker`; by default as many as make a book."""
     make = sentence_maker(seed)
     return [make() for _ in range(count)]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from armt.errors import InvalidArgument
-from armt.tasks.background import Book, read_sentences
+from armt.tasks.background import Book
 from armt.tasks.comparing import compare
 from armt.tasks.journal import Cell, Journal
 from armt.tasks.reading import Reader, Report, answers_of, read_rows, shifted
@@ -24,7 +24,7 @@ from armt.tasks.scores import Score
 from armt.tasks.stories import Item
 from armt.text import TextSettings, Tokenizer
 
-__all__ = ["Answer", "Book", "Maker", "Sample", "evaluate", "read_sentences"]
+__all__ = ["Answer", "Book", "Maker", "Sample", "evaluate"]
 
 Ids = npt.NDArray[np.int32]
 
@@ -76,6 +76,11 @@ class Sample:
             self.positions.append(at)
             at += len(fact)
             yield fact
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sample, the question included."""
+        return len(self.start) + sum(map(len, self.facts)) + self.noise + len(self.prompt)
 
     @property
     def fact_at(self) -> int:
@@ -197,7 +202,7 @@ def evaluate(
                 answer=text,
                 right=text.casefold() == row.item.answer.casefold(),
                 fact_at=row.fact_at,
-                tokens=reader_tokens(row),
+                tokens=row.tokens,
                 seconds=seconds,
             )
             lines.append(vars(answer).copy())
@@ -207,8 +212,3 @@ def evaluate(
             lines = [line | more for line, more in zip(lines, compared, strict=True)]
         journal.add(cell, lines)
     return Score.of(journal.of(cell)[:samples])
-
-
-def reader_tokens(row: Sample) -> int:
-    """Tokens of a sample, the question included."""
-    return len(row.start) + sum(map(len, row.facts)) + row.noise + len(row.prompt)

@@ -42,6 +42,8 @@ LONGEST = 200
 Kind = Literal["move", "get", "drop", "give"]
 ASKING = {"qa2": 0.75, "qa3": 0.28}
 """How often a question is asked when one is possible."""
+OFTEN_ASKED = "What did"
+"""The form of qa5's questions that comes twice as often as each other."""
 ACTING = {"qa1": 0.0, "qa2": 0.62, "qa3": 0.62, "qa5": 0.74}
 """How often somebody does something other than walking, where there is something to do;
 a gift comes first."""
@@ -202,12 +204,12 @@ def _ask(
     if task == "qa5":
         forms: dict[str, list[tuple[str, tuple[str, tuple[int, ...]]]]] = {}
         for entry in known:
-            forms.setdefault(_form(entry[0]), []).append(entry)
-        return rng.choice(forms[rng.choice([*forms, "What did"])])
+            forms.setdefault(form_of(entry[0]), []).append(entry)
+        return rng.choice(forms[rng.choice([*forms, OFTEN_ASKED])])
     return rng.choice(known)
 
 
-def _form(question: str) -> str:
+def form_of(question: str) -> str:
     """Which of qa5's questions this is."""
     words = question.split()
     return " ".join(words[:2] if words[1] == "did" else [*words[:2], str(len(words))])
@@ -263,21 +265,26 @@ def trail(events: Sequence[Event], thing: str) -> tuple[int, list[int]]:
 
 def _gifts(events: Sequence[Event]) -> Known:
     known: Known = {}
-    for i, e in enumerate(events):
-        if e.kind != "give":
-            continue
-        known |= {
-            f"What did {e.person} give to {e.other}?": (e.what, (i,)),
-            f"Who gave the {e.what} to {e.other}?": (e.person, (i,)),
-            f"Who gave the {e.what}?": (e.person, (i,)),
-            f"Who received the {e.what}?": (e.other, (i,)),
-            f"Who did {e.person} give the {e.what} to?": (e.other, (i,)),
-        }
+    for i, event in enumerate(events):
+        if event.kind == "give":
+            known |= {question: (answer, (i,)) for question, answer in gift_questions(event)}
     return known
 
 
-def _map_item(rng: random.Random) -> Item:
-    """Three places in a line, told by their neighbours; one is asked for."""
+def gift_questions(event: Event) -> list[tuple[str, str]]:
+    """What a gift answers: questions and their answers."""
+    giver, thing, getter = event.person, event.what, event.other
+    return [
+        (f"What did {giver} give to {getter}?", thing),
+        (f"Who gave the {thing} to {getter}?", giver),
+        (f"Who gave the {thing}?", giver),
+        (f"Who received the {thing}?", getter),
+        (f"Who did {giver} give the {thing} to?", getter),
+    ]
+
+
+def map_facts(rng: random.Random) -> list[tuple[str, str, str]]:
+    """Three places in a line: two facts (place, direction, other), in any order."""
     line = rng.sample(PLACES, 3)
     direction = rng.choice(sorted(OPPOSITE))
     facts = []
@@ -285,11 +292,25 @@ def _map_item(rng: random.Random) -> Item:
         told = (far, direction, near) if rng.random() < 0.5 else (near, OPPOSITE[direction], far)
         facts.append(told)
     rng.shuffle(facts)
+    return facts
+
+
+def tell_map(place: str, direction: str, other: str) -> str:
+    """A fact of the map in words."""
+    return f"The {place} is {direction} of the {other}."
+
+
+def ask_map(rng: random.Random, side: str, place: str) -> str:
+    """What lies on that side of the place? In one of two forms."""
+    if rng.random() < 0.5:
+        return f"What is {side} of the {place}?"
+    return f"What is the {place} {OPPOSITE[side]} of?"
+
+
+def _map_item(rng: random.Random) -> Item:
+    """Three places in a line, told by their neighbours; one is asked for."""
+    facts = map_facts(rng)
     index = rng.randrange(2)
     answer, side, place = facts[index]
-    if rng.random() < 0.5:
-        question = f"What is {side} of the {place}?"
-    else:
-        question = f"What is the {place} {OPPOSITE[side]} of?"
-    sentences = tuple(f"The {a} is {d} of the {b}." for a, d, b in facts)
-    return Item(sentences, question, answer, (index,))
+    question = ask_map(rng, side, place)
+    return Item(tuple(tell_map(*fact) for fact in facts), question, answer, (index,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 
 from armt.checkpoint import load_checkpoint
 from armt.checkpoint.arrays import to_float32
-from armt.checkpoint.sources import open_weights
+from armt.checkpoint.sources import find_weights, open_weights
+from armt.checkpoint.weights_file import Entry, write_tensors
 from armt.errors import CheckpointError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 PROGRESS = "training.pt"
 METRICS = "metrics.jsonl"
-DATA_ALIGNMENT = 64
-STORED_AS = {"float32": "F32", "float16": "F16"}
 
 
 def write_model(
@@ -38,20 +38,21 @@ def write_model(
 ) -> None:
     """config.json, model.safetensors (float32 or float16) and copies of ``files``, each replaced as
     a whole."""
-    kind = np.dtype(dtype)
-    arrays = {n: t.detach().float().cpu().numpy().astype(kind) for n, t in tensors.items()}
-    _replace(folder / "model.safetensors", lambda path: _write_tensors(path, arrays))
+    entries = [
+        Entry(name, dtype, tuple(t.shape), functools.partial(_values, t, dtype))
+        for name, t in tensors.items()
+    ]
+    _replace(folder / "model.safetensors", lambda path: write_tensors(path, entries, "pt"))
     text = json.dumps(dict(config), indent=2) + "\n"
     _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     for name, source in (files or {}).items():
-        data = source.read_bytes()
-        _replace(folder / name, functools.partial(_write_bytes, data))
+        _replace(folder / name, functools.partial(shutil.copyfile, source))
     if config["dialect"] != "mamba":
         load_checkpoint(folder)  # a fault is better found now than by who uses it
 
 
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
+def _values(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
+    return tensor.detach().float().cpu().numpy().astype(dtype)
 
 
 class Metrics:
@@ -87,7 +88,7 @@ def _step_of(line: str) -> float:
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Gives ``model`` the weights of a folder; InvalidArgument where they do not fit."""
-    path = folder / "model.safetensors"
+    path = find_weights(folder)
     tensors = {
         stored.name: torch.from_numpy(np.array(to_float32(stored.read(), stored.dtype)))
         for stored in open_weights(path)
@@ -140,19 +141,3 @@ def _replace(target: Path, write: Any) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, values in tensors.items():
-        end = offset + values.nbytes
-        code = STORED_AS[values.dtype.name]
-        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for values in tensors.values():
-            file.write(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)

@@ -77,13 +77,13 @@ class AssociativeLayer(nn.Module):
         return a + k.transpose(1, 2) @ change, z, written
 
 
-class Armt(nn.Module):
-    """A decoder whose layers have an associative memory each."""
+class _OverDecoder(nn.Module):
+    """Memory tokens and a decoder with layers of one kind."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, layer: type[AssociativeLayer] | type[Block]) -> None:
         super().__init__()
         self.shape = shape
-        self.memory_cell = Cell(shape, [AssociativeLayer(shape) for _ in range(shape.layers)])
+        self.memory_cell = Cell(shape, [layer(shape) for _ in range(shape.layers)])
 
     @property
     def decoder(self) -> Decoder:
@@ -91,6 +91,13 @@ class Armt(nn.Module):
         found = self.memory_cell.model.transformer
         assert isinstance(found, Decoder)
         return found
+
+
+class Armt(_OverDecoder):
+    """A decoder whose layers have an associative memory each."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, AssociativeLayer)
 
     def empty(self, batch: int) -> State:
         """The state before any segment: A of every layer, then z of every layer."""
@@ -123,20 +130,11 @@ class Armt(nn.Module):
         return x[:, :count], found, (*a, *z), written
 
 
-class Rmt(nn.Module):
+class Rmt(_OverDecoder):
     """A decoder that hands its memory tokens' last rows to the next segment."""
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.shape = shape
-        self.memory_cell = Cell(shape, [Block(shape) for _ in range(shape.layers)])
-
-    @property
-    def decoder(self) -> Decoder:
-        """The layers."""
-        found = self.memory_cell.model.transformer
-        assert isinstance(found, Decoder)
-        return found
+        super().__init__(shape, Block)
 
     def empty(self, batch: int) -> State:
         """Rows [B, m, D] of memory; those of zeros stand for the learned ones."""

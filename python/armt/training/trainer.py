@@ -14,7 +14,7 @@ from torch import Tensor
 from armt.errors import InvalidArgument
 from armt.models import resolve
 from armt.tasks.babi import make_sentences
-from armt.tasks.babilong import read_sentences
+from armt.tasks.background import read_sentences
 from armt.training.babilong import LONGEST, StoryRow, StorySettings, Text
 from armt.training.feed import Feed
 from armt.training.folder import load_weights
@@ -25,8 +25,7 @@ from armt.training.step import Step
 from armt.training.systems import Armt, Mamba, Rmt, Shape, build
 from armt.training.window import Rows, Window
 
-OWN_SENTENCES = 20_000
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,6 @@ class Report:
     """Into the memory, in segments that hold nothing."""
     right: dict[str, float]
     """Share of right answers by kind of question."""
-
-    @property
-    def accuracy(self) -> float:
-        """The mean over the kinds."""
-        return sum(self.right.values()) / max(len(self.right), 1)
 
 
 class Trainer:
@@ -78,7 +72,8 @@ class Trainer:
             wake(self.model, recipe.start.wake)
         self.model.to(device)
         parameters = list(self.model.parameters())
-        self._cuda = parameters[0].device.type == "cuda"
+        self._device = parameters[0].device
+        self._cuda = self._device.type == "cuda"
         matrices = [p for p in parameters if p.ndim > 1]
         others = [p for p in parameters if p.ndim == 1]
         settings = recipe.optimizer
@@ -99,6 +94,7 @@ class Trainer:
         self._now: Step | None = None
         self._stage = -1
         self._left: dict[str, Any] | None = None
+        self._carry: list[Tensor] | None = None
 
     @property
     def done(self) -> bool:
@@ -115,7 +111,7 @@ class Trainer:
         number, inside = self.recipe.at(self.step)
         stage = self.recipe.stages[number]
         if number != self._stage:
-            self._enter(number, inside)
+            self._enter(number)
         assert self._feed is not None
         window = self._feed.next()
         if self._now is None:
@@ -129,30 +125,23 @@ class Trainer:
         self.step += 1
         return window.tokens.size
 
-    def _enter(self, number: int, inside: int) -> None:
+    def _enter(self, number: int) -> None:
         """A stage's rows; those that an interrupted training left, where there are some."""
         self.close()
         stage, first = self.recipe.stages[number], self.step
         left, self._left = self._left, None
-        same = left is not None and left["stage"] == number
-        make = functools.partial(
-            make_rows, self.text, stage, self.recipe.seed * 1000 + number, self.recipe.task
-        )
+        if left is not None and left["stage"] != number:
+            left = None
+        make = functools.partial(make_rows, self.text, stage, self.recipe.seed * 1000 + number)
         self._stage = number
         self._feed = Feed(
             make,
             stage.rows,
             workers=self._workers,
-            state=left["rows"] if left is not None and same else None,
+            state=left["rows"] if left else None,
             keep=lambda n: (first + n) % self._save_every == 0,
         )
-        self._carry = (
-            [t.to(self._device) for t in left["carry"]] if left is not None and same else None
-        )
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        self._carry = [t.to(self._device) for t in left["carry"]] if left else None
 
     def _begin(self, window: Window) -> Step:
         settings = self.recipe.optimizer
@@ -217,7 +206,6 @@ class Trainer:
             "average": self._average,
             "carry": self._now.carry,
             "rows": self._feed.state(),
-            "random": torch.get_rng_state(),
         }
 
     @classmethod
@@ -260,12 +248,10 @@ def _material(recipe: Recipe) -> Text | PairText:
     folder = Path(material.tokenizer) if material.tokenizer else resolve("babilong")
     if material.book:
         return Text(folder, read_sentences(material.book))
-    return Text(folder, make_sentences(OWN_SENTENCES, recipe.seed))
+    return Text(folder, make_sentences(seed=recipe.seed))
 
 
-def make_rows(
-    text: Text | PairText, stage: Stage, seed: int, task: str, numbers: Sequence[int]
-) -> Rows:
+def make_rows(text: Text | PairText, stage: Stage, seed: int, numbers: Sequence[int]) -> Rows:
     """Some rows of a stage's batch."""
     make: Callable[[int], Any]
     if isinstance(text, Text):

@@ -3,11 +3,22 @@ decides the questions at any time. The sentences are those of :mod:`armt.tasks.s
 
 from __future__ import annotations
 
-import itertools
 import random
 from typing import Any, Protocol
 
-from armt.tasks.stories import OBJECTS, OPPOSITE, PLACES, Event, World
+from armt.tasks.stories import (
+    OBJECTS,
+    OFTEN_ASKED,
+    OPPOSITE,
+    PLACES,
+    Event,
+    World,
+    ask_map,
+    form_of,
+    gift_questions,
+    map_facts,
+    tell_map,
+)
 
 TOLD_OF = {"qa1": ("qa1",), "qa3": ("qa1", "qa2", "qa3"), "qa4": ("qa4",), "qa5": ("qa5",)}
 """Kinds of worlds, and the tasks whose questions they answer."""
@@ -125,21 +136,14 @@ class GiftTale:
         sentence = self._world.happen()
         event = self._world.events.pop()
         if event.kind == "give":
-            giver, thing, getter = event.person, event.what, event.other
-            for form, question, answer in (
-                ("what", f"What did {giver} give to {getter}?", thing),
-                ("who to", f"Who gave the {thing} to {getter}?", giver),
-                ("who", f"Who gave the {thing}?", giver),
-                ("received", f"Who received the {thing}?", getter),
-                ("whom", f"Who did {giver} give the {thing} to?", getter),
-            ):
-                self._known.setdefault(form, {})[question] = answer
+            for question, answer in gift_questions(event):
+                self._known.setdefault(form_of(question), {})[question] = answer
         return sentence
 
     def ask(self) -> Question | None:
         if not self._known:
             return None
-        form = self._rng.choice([*self._known, "what"])
+        form = self._rng.choice([*self._known, OFTEN_ASKED])
         question = self._rng.choice(list(self._known[form]))
         return question, self._known[form][question], 4
 
@@ -158,28 +162,17 @@ class MapTale:
         self._rng = rng
         self._side: dict[str, dict[str, str]] = {place: {} for place in PLACES}
         """Place and direction: what is there."""
-        self._waiting: list[list[str]] = []
-        self._newest: list[list[str]] = []
+        self._waiting: list[tuple[str, str, str]] = []
+        self._newest: list[tuple[str, str, str]] = []
 
     def tell(self) -> str:
         if not self._waiting:
-            self._waiting = self._line()
-        place, direction, other = self._waiting.pop()
+            self._waiting = map_facts(self._rng)
+        place, direction, other = fact = self._waiting.pop()
         self._side[other][direction] = place
         self._side[place][OPPOSITE[direction]] = other
-        self._newest = [*self._newest[-1:], [place, direction, other]]
-        return f"The {place} is {direction} of the {other}."
-
-    def _line(self) -> list[list[str]]:
-        rng = self._rng
-        line = rng.sample(PLACES, 3)
-        direction = rng.choice(sorted(OPPOSITE))
-        facts = [
-            [far, direction, near] if rng.random() < 0.5 else [near, OPPOSITE[direction], far]
-            for near, far in itertools.pairwise(line)
-        ]
-        rng.shuffle(facts)
-        return facts
+        self._newest = [*self._newest[-1:], fact]
+        return tell_map(*fact)
 
     def ask(self) -> Question | None:
         rng = self._rng
@@ -192,10 +185,7 @@ class MapTale:
         else:
             other = rng.choice([place for place, sides in self._side.items() if sides])
             direction = rng.choice(list(self._side[other]))
-        answer = self._side[other][direction]
-        if rng.random() < 0.5:
-            return f"What is {direction} of the {other}?", answer, 3
-        return f"What is the {other} {OPPOSITE[direction]} of?", answer, 3
+        return ask_map(rng, direction, other), self._side[other][direction], 3
 
     def to_json(self) -> Any:
         return [self._side, self._waiting, self._newest]
