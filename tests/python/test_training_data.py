@@ -174,6 +174,16 @@ def test_windows_are_the_text_that_the_questions_are_about(text: Text) -> None:
     assert min(asked.values()) > 50
 
 
+def test_windows_of_nothing_but_facts_are_asked_about(text: Text) -> None:
+    settings = StorySettings(worlds={"qa1": 1.0}, quiet=0.0, density=(73.0, 73.0))
+    rows = story_rows(text, settings, range(8))
+    windows = [rows.next() for _ in range(4)]
+    asked = np.concatenate([window.answers >= 0 for window in windows])
+    before = np.concatenate([window.seen < 10 for window in windows])
+    assert asked.mean() > 0.95
+    assert (asked & before).mean() > 0.2
+
+
 def test_the_answers_ends_are_asked_for_too(text: Text) -> None:
     rows = story_rows(text, StorySettings(quiet=0.0), range(8))
     ends = 0

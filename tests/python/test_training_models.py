@@ -70,6 +70,18 @@ def assert_close(found: Any, single: Any, exact: Any) -> None:
     assert error <= LARGEST * scale, (error, scale)
 
 
+def test_a_fresh_memory_does_not_grow_without_an_end() -> None:
+    model = make("modern", width=64, layers=8, memory_tokens=16, d_mem=32)
+    tokens = torch.randint(0, 50, (2, 60, 13))
+    state, norms = model.empty(2), []
+    with torch.no_grad():
+        for segment in range(60):
+            _, _, state, _ = model.segment(tokens[:, segment], state)
+            norms.append(max(float(a.norm()) for a in state))
+    assert norms[-1] < 1.5 * norms[29], norms
+    assert norms[29] < 4 * norms[9], norms
+
+
 @pytest.mark.parametrize("tokens", [3, 13, 14, 60])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_engine_agrees(tmp_path: Path, kind: str, tokens: int) -> None:

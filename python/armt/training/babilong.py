@@ -142,32 +142,25 @@ class StoryRow:
         segments, length = window.tokens.shape[1:]
         size = segments * length
         share = self._share()
-        places = iter(self._places(window, segments, length))
-        place = next(places, None)
+        places = self._places(window, segments, length)
         window.quiet[row] = 1
         pieces = [self._left]
         done = len(self._left)
         if self._left_fact:
             self._mark(window, row, 0, done, length)
-            while place is not None and place[0] < done:  # inside a fact
-                place = next(places, None)
+            self._ask(window, row, places, done, behind=True)
         self._left_fact = False
         while done < size:
             fact = self._rng.random() < share
             if fact:
-                while place is not None and place[0] < done:
-                    place = self._ask(window, row, place, length, next(places, None))
                 piece = self._text.fact(self._tale.tell())
                 self._mark(window, row, done, done + len(piece), length)
-                while place is not None and place[0] < done + len(piece):  # inside a fact
-                    place = next(places, None)
             else:
                 piece = self._text.sentence(self._sentence)
                 self._sentence += 1
-                while place is not None and place[0] <= done + len(piece):
-                    place = self._ask(window, row, place, length, next(places, None))
             pieces.append(piece)
             done += len(piece)
+            self._ask(window, row, places, done, behind=fact)
             self._left_fact = fact
         flat = np.fromiter((i for piece in pieces for i in piece), np.int32, done)
         window.tokens[row] = flat[:size].reshape(segments, length)
@@ -188,33 +181,38 @@ class StoryRow:
         return min(SENTENCE * per / max(1 + (SENTENCE - FACT) * per, 1e-9), 1.0)
 
     def _places(self, window: Window, segments: int, length: int) -> list[tuple[int, int, int]]:
-        """Where questions stand: place in the window, segment, slot; in order."""
+        """Where questions stand: place in the window, segment, slot; the first one last."""
         rng, found = self._rng, []
         room = length - window.asks.shape[3]
         for segment in range(segments):
             for slot in range(window.asks.shape[2]):
                 at = int(rng.random() * (room + 1)) if rng.random() < self._settings.inside else 0
                 found.append((segment * length + at, segment, slot))
-        return sorted(found)
+        return sorted(found, reverse=True)
 
     def _ask(
         self,
         window: Window,
         row: int,
-        place: tuple[int, int, int],
-        length: int,
-        following: tuple[int, int, int] | None,
-    ) -> tuple[int, int, int] | None:
-        asked = self._tale.ask()
-        if asked is not None:
+        places: list[tuple[int, int, int]],
+        end: int,
+        *,
+        behind: bool,
+    ) -> None:
+        """Questions at the places up to ``end``; all of them there, ``behind`` what was told."""
+        length = window.tokens.shape[2]
+        room = length - window.asks.shape[3]
+        while places and places[-1][0] <= end:
+            at, segment, slot = places.pop()
+            seen = (end if behind else at) - segment * length
+            asked = self._tale.ask() if seen <= room else None
+            if asked is None:
+                continue
             question, answer, kind = asked
-            at, segment, slot = place
             ids, word = self._text.question(question), self._text.words[answer]
             if self._rng.random() < ENDS:  # what follows the answer
                 ids, word, kind = [*ids, word], self._text.end, len(KINDS)
-            seen = at - segment * length
             window.ask(row, segment, slot, ids, seen=seen, answer=word, kind=kind)
-        return following
 
     @staticmethod
     def _mark(window: Window, row: int, first: int, end: int, length: int) -> None:

@@ -23,8 +23,10 @@ AMPLITUDE = 1.0
 BACK, ALIKE, NEWER = 16.0, 10.0, 6.0
 """Scores of the heads at their place, for an equal row, and for the newest row over the oldest."""
 COPY = 1.0
-OFTEN, VALUE = 0.0, 1.0
-"""Logit of how much the memory tokens write, and the scale of what they write."""
+TOGETHER, VALUES = 2.0, 4.0
+"""How much all memory tokens write, and the scale of all that they write, in sum. Their keys
+overlap, so what one writes the others read: with more the memory grows without an end, and a
+training saves itself by putting its deeper layers to sleep."""
 SELDOM, SOFTLY = -1.0, 0.03
 """The same for memories that begin in the middle of a training."""
 
@@ -56,8 +58,10 @@ def start(model: Armt | Rmt, words: Sequence[int] = (), places: Sequence[int] = 
         if isinstance(layer, AssociativeLayer):
             layer.W_mk.weight[:, content:] = 0
             layer.W_mq.weight.copy_(layer.W_mk.weight)
-            layer.W_mb.bias.fill_(OFTEN)
-            torch.nn.init.eye_(layer.W_mv.weight).mul_(VALUE)
+            often = min(TOGETHER / shape.memory_tokens, 0.5)
+            layer.W_mb.weight.zero_()
+            layer.W_mb.bias.fill_(math.log(often / (1 - often)))
+            torch.nn.init.eye_(layer.W_mv.weight).mul_(min(VALUES / shape.memory_tokens, 1.0))
 
 
 @torch.no_grad()
