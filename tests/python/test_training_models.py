@@ -207,6 +207,19 @@ def test_half_precision_files_are_read(tmp_path: Path) -> None:
         load_weights(make("modern", layers=2), tmp_path)
 
 
+def test_only_writes_of_more_than_a_rows_length_are_beyond_measure() -> None:
+    model = make("modern")
+    layer = model.decoder.h[1]
+    y = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        torch.nn.init.eye_(layer.W_mv.weight)
+        for scale, beyond in ((1.0, False), (1e3, True)):
+            *_, written = layer.write(scale * y, torch.zeros(2, 30, 32), torch.zeros(2, 30))
+            assert written.shape == (2, 2)
+            assert (written[:, 0] > 0.1).all()
+            assert (written[:, 1] > 1).all() if beyond else (written[:, 1] == 0).all(), written
+
+
 def test_a_memory_that_is_woken_writes() -> None:
     model = make("modern")
     assert isinstance(model, Armt)

@@ -144,7 +144,7 @@ class Mamba(nn.Module):
                 rows, new = self._run(self.wte(part)[:, None], new)
                 outs.append(rows[:, 0])
         x = torch.cat(outs, dim=1) if outs else self.wte(tokens)
-        zero = x.new_zeros(len(x), dtype=torch.float32)
+        zero = x.new_zeros(len(x), 2, dtype=torch.float32)
         return x, found, new if write else state, zero
 
     def _run(self, x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -46,11 +46,11 @@ class AssociativeLayer(nn.Module):
     def forward(
         self, x: Tensor, a: Tensor, z: Tensor, asked: int, visible: Tensor | None, write: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, N, D], A [B, F, D], z [B, F] -> x, A, z, and [B] how much was written."""
+        """x [B, N, D], A [B, F, D], z [B, F] -> x, A, z, and what :meth:`write` says."""
         x = x + self.read(x, a, z)
         x = self.layer(x, asked, visible)
         if not write:
-            return x, a, z, x.new_zeros(len(x))
+            return x, a, z, x.new_zeros(len(x), 2)
         end = x.shape[1] - asked
         return x, *self.write(x[:, end - self.memory_tokens : end], a, z)
 
@@ -61,7 +61,9 @@ class AssociativeLayer(nn.Module):
         return found / (phi @ z[..., None] + EPS) if self.divided else found
 
     def write(self, y: Tensor, a: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Writes all rows of y [B, m, D] at once by the delta rule, against the old memory."""
+        """Writes all rows of y [B, m, D] at once by the delta rule, against the old memory; also
+        gives [B, 2]: how much was written, and how much more than is good (the logarithms of what
+        is beyond a row of ordinary length)."""
         k = features(self.W_mk(y), not self.paper)
         v, beta = self.W_mv(y), self.W_mb(y).sigmoid()
         old = k @ a
@@ -73,7 +75,9 @@ class AssociativeLayer(nn.Module):
             first = (z.sum(-1) == 0)[:, None, None]
             z = z + (torch.where(first, 1.0, gamma) * k).sum(dim=1)
         change = beta * (v - old)
-        written = (change.float().square().sum(-1) + SHORTEST).sqrt().sum(-1)
+        size = (change.float().square().sum(-1) + SHORTEST).sqrt()
+        beyond = (size / y.shape[-1] ** 0.5).log().relu()
+        written = torch.stack((size.sum(-1), beyond.sum(-1)), dim=-1)
         return a + k.transpose(1, 2) @ change, z, written
 
 
@@ -109,7 +113,7 @@ class Armt(_OverDecoder):
         self, tokens: Tensor, state: State, asks: Asks | None = None, *, write: bool = True
     ) -> tuple[Tensor, Tensor | None, State, Tensor]:
         """Reads one segment: tokens [B, T] -> their rows [B, T, D], the questions' answering rows
-        [B, Q, D], the new state and [B] how much was written into it."""
+        [B, Q, D], the new state and, of all layers, [B, 2] what was written into it."""
         decoder, count = self.decoder, tokens.shape[1]
         parts = [decoder.wte(tokens) + decoder.wpe.weight[:count]]
         if write:
@@ -122,7 +126,7 @@ class Armt(_OverDecoder):
         x = torch.cat(parts, dim=1)
         half = len(state) // 2
         a, z = list(state[:half]), list(state[half:])
-        written = x.new_zeros(len(x), dtype=torch.float32)
+        written = x.new_zeros(len(x), 2, dtype=torch.float32)
         for i, layer in enumerate(decoder.h):
             x, a[i], z[i], more = layer(x, a[i], z[i], asked, visible, write)
             written = written + more
@@ -162,7 +166,7 @@ class Rmt(_OverDecoder):
         found = answers(x[:, x.shape[1] - asked :], asks) if asks is not None else None
         if write:
             state = (decoder.ln_f(x[:, m + count : 2 * m + count]),)
-        return x[:, m : m + count], found, state, x.new_zeros(len(x), dtype=torch.float32)
+        return x[:, m : m + count], found, state, x.new_zeros(len(x), 2, dtype=torch.float32)
 
 
 def question_rows(decoder: Decoder, asks: Asks, before: int) -> Tensor:

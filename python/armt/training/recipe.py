@@ -45,6 +45,9 @@ class Optimizing:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     """Largest norm of the gradient."""
+    calm: float = 0.02
+    """Weight of what is written beyond measure: a memory that feeds on what it reads grows without
+    an end."""
     average: float = 0.0
     """Share of the old average in the running average of the weights that is saved; 0: none."""
 

@@ -13,6 +13,8 @@ from armt.training.systems import System
 from armt.training.window import NO_ANSWER, Window
 
 WARM_UPS = 3
+LARGEST = 1e4
+"""Of a value of a memory: a row with a larger one has broken down, and begins anew."""
 
 
 class Step:
@@ -25,6 +27,7 @@ class Step:
         window: Window,
         *,
         clip: float,
+        calm: float,
         keep_quiet: float,
         kinds: int,
         average: list[Tensor],
@@ -34,7 +37,7 @@ class Step:
         """``window`` shows the sizes."""
         self._model, self._optimizer = model, optimizer
         self._parameters: list[Tensor] = list(model.parameters())
-        self._clip, self._keep_quiet = clip, keep_quiet
+        self._clip, self._calm, self._keep_quiet = clip, calm, keep_quiet
         self._average, self._decay = average, average_decay
         self._device = self._parameters[0].device
         self._inputs = {
@@ -94,8 +97,8 @@ class Step:
         self._optimizer.zero_grad(set_to_none=True)
         bf16 = self._device.type == "cuda"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            loss, wasted, right, state = self._losses()
-        (loss + self._keep_quiet * wasted).backward()  # type: ignore[no-untyped-call]
+            loss, beyond, wasted, right, state = self._losses()
+        (loss + self._calm * beyond + self._keep_quiet * wasted).backward()  # type: ignore[no-untyped-call]
         for parameter in self._parameters:
             if parameter.grad is not None:
                 torch.nan_to_num_(parameter.grad, 0.0, 0.0, 0.0)
@@ -109,12 +112,12 @@ class Step:
             last = torch.stack((loss.detach(), wasted.detach(), torch.ones_like(loss)))
             self.sums.add_(torch.cat((right, last)))
 
-    def _losses(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """The mean loss of the questions; what was written in quiet segments; counts of right
-        answers and of questions by kind; the new memories."""
+    def _losses(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """The mean loss of the questions; what was written beyond measure, and in quiet segments;
+        counts of right answers and of questions by kind; the new memories."""
         given = self._inputs
         state = self._begin()
-        logits, wasted = [], []
+        logits, beyond, wasted = [], [], []
         for segment in range(given["tokens"].shape[1]):
             asks = Asks(
                 given["asks"][:, segment].long(),
@@ -125,7 +128,8 @@ class Step:
             _, found, state, written = self._model.segment(tokens, state, asks)
             assert found is not None
             logits.append(self._model.decoder.logits(found).float())
-            wasted.append(given["quiet"][:, segment] * written)
+            wasted.append(given["quiet"][:, segment] * written[:, 0])
+            beyond.append(written[:, 1])
         guesses = torch.stack(logits, dim=1).flatten(0, 2)
         answers = given["answers"].flatten().long()
         total = functional.cross_entropy(guesses, answers, ignore_index=NO_ANSWER, reduction="sum")
@@ -136,13 +140,13 @@ class Step:
             right = torch.zeros(2 * self._kinds, device=self._device)
             right.index_add_(0, kinds, hit.float())
             right.index_add_(0, kinds + self._kinds, asked.float())
-        return total / asked.sum().clamp(min=1), torch.stack(wasted).mean(), right, state
+        mean = total / asked.sum().clamp(min=1)
+        return mean, torch.stack(beyond).mean(), torch.stack(wasted).mean(), right, state
 
     def _begin(self) -> tuple[Tensor, ...]:
         """The carried memories; empty ones for rows that begin anew or broke down."""
-        broken = (
-            torch.stack([s.flatten(1).sum(1) for s in self.carry]).isfinite().all(0).logical_not()
-        )
+        largest = torch.stack([s.flatten(1).abs().amax(1) for s in self.carry]).amax(0)
+        broken = (largest < LARGEST).logical_not()
         fresh = (self._inputs["fresh"] != 0) | broken
         return tuple(torch.where(fresh.view(-1, *[1] * (s.ndim - 1)), 0.0, s) for s in self.carry)
 

@@ -150,6 +150,7 @@ class Trainer:
             self._optimizer,
             window,
             clip=settings.clip,
+            calm=settings.calm,
             keep_quiet=self.recipe.stages[self._stage].keep_quiet,
             kinds=len(self.text.kinds),
             average=self._average,
