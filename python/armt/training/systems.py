@@ -54,6 +54,23 @@ class System(Protocol):
         ...
 
 
+def read_window(
+    model: System, tokens: Tensor, state: tuple[Tensor, ...], asks: Asks
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Reads segments [B, S, T] with questions [B, S, ...]: the answering rows [B, S, Q, D], the new
+    state, and [B, S, 2] what was written."""
+    if isinstance(model, Armt):
+        return model.window(tokens, state, asks)
+    answers, written = [], []
+    for segment in range(tokens.shape[1]):
+        own = Asks(*(part[:, segment] for part in vars(asks).values()))
+        _, found, state, more = model.segment(tokens[:, segment], state, own)
+        assert found is not None
+        answers.append(found)
+        written.append(more)
+    return torch.stack(answers, dim=1), state, torch.stack(written, dim=1)
+
+
 def build(shape: Shape) -> Armt | Rmt | Mamba:
     """A fresh model."""
     if shape.system == "mamba":

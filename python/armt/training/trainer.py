@@ -272,6 +272,8 @@ def make_rows(text: Text | PairText, stage: Stage, seed: int, numbers: Sequence[
 
 def _compile(model: Armt | Rmt | Mamba) -> None:
     torch._dynamo.config.cache_size_limit = 64
-    layers = model.layers if isinstance(model, Mamba) else model.decoder.h
-    for layer in layers:
-        layer.compile(dynamic=False)
+    if isinstance(model, Mamba):
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    else:
+        model.run = torch.compile(model.run, dynamic=False)
