@@ -149,8 +149,9 @@ class Armt(_OverDecoder):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape, AssociativeLayer)
-        self.run: Any = run_wave
-        """Can be replaced by a compiled one."""
+        self.run: Any = run_cells
+        self.run_wave: Any = run_wave
+        """Both can be replaced by compiled ones."""
 
     def empty(self, batch: int) -> State:
         """The state before any segment: A of every layer, then z of every layer."""
@@ -172,7 +173,7 @@ class Armt(_OverDecoder):
         written = x.new_zeros(len(x), 2, dtype=torch.float32)
         for i, layer in enumerate(self.decoder.h):
             cell = x[None], a[i][None], z[i][None]
-            found = run_cells(self.shape, weights_of([layer]), *cell, asked, see, writes)
+            found = self.run(self.shape, weights_of([layer]), *cell, asked, see, writes)
             x, a[i], z[i], more = (part[0] for part in found)
             written = written + more
         answer = answers(x[:, x.shape[1] - asked :], asks) if asks is not None else None
@@ -198,7 +199,7 @@ class Armt(_OverDecoder):
         found, written = [], []
         for wave in range(segments + layers - 1):
             at = wave - order
-            x, last, a, z, more = self.run(
+            x, last, a, z, more = self.run_wave(
                 self.shape,
                 weights,
                 rows[min(wave, segments - 1)],

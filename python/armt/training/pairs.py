@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from armt.tasks.retrieval import Layout
 from armt.training.window import Window, as_numpy, random_state
@@ -45,13 +46,19 @@ class PairText:
         self.layout = layout
         self.vocab_size = layout.filler + 1
         self.words: dict[str, int] = {}
+        keys = np.arange(layout.keys, dtype=np.int32)
+        pairs = layout.pairs(keys, np.zeros_like(keys))
+        self.pairs: npt.NDArray[np.int32] = pairs.reshape(len(keys), layout.segment)
+        """[keys, segment] ids of each key with the value 0."""
+        self.value_at = layout.key_symbols + 1
+        self.questions = np.stack([layout.question(int(key)) for key in keys])
 
 
 class PairRow:
     """One row of a batch."""
 
     def __init__(self, settings: PairSettings, text: PairText, seed: int, number: int) -> None:
-        self._settings, self._layout = settings, text.layout
+        self._settings, self._text = settings, text
         self._rng = np.random.default_rng([seed, number])
         self._chance = settings.fresh[number % len(settings.fresh)]
         self._begin()
@@ -63,52 +70,50 @@ class PairRow:
         most = settings.pool if self._kind == REWRITE else settings.pairs
         low = 0.0 if self._kind == REWRITE else math.log(max(most / 4, 1))
         count = int(math.exp(low + rng.random() * (math.log(most + 0.99) - low)))
-        self._keys: list[int] = rng.permutation(self._layout.keys)[:count].tolist()
+        self._keys: list[int] = rng.permutation(self._text.layout.keys)[:count].tolist()
         self._known: dict[int, int] = {}
         self._told: list[int] = []
         self._holding = 0
 
     def fill(self, window: Window, row: int) -> None:
-        rng, layout = self._rng, self._layout
+        rng, text, settings = self._rng, self._text, self._settings
         if self._new or rng.random() < self._chance:
             self._begin()
             window.fresh[row] = 1
         self._new = False
-        if not self._holding and rng.random() < self._settings.hold[0]:
-            self._holding = 1 + int(math.exp(rng.random() * math.log(self._settings.hold[1])))
+        if not self._holding and rng.random() < settings.hold[0]:
+            self._holding = 1 + int(math.exp(rng.random() * math.log(settings.hold[1])))
         quiet = self._holding > 0
         self._holding = max(self._holding - 1, 0)
-        for segment in range(window.tokens.shape[1]):
-            self._ask(window, row, segment)
-            key = -1 if quiet else self._next_key()
+        segments, asks = window.answers.shape[1:]
+        empty: list[bool] = np.less(rng.random(segments), settings.filler).tolist()
+        again: list[int] = rng.integers(len(self._keys), size=segments).tolist()
+        values: list[int] = rng.integers(text.layout.alphabet, size=segments).tolist()
+        asked = rng.random((segments, asks))
+        window.last[row] = text.questions.shape[1] - 1
+        window.kinds[row] = self._kind
+        for segment in range(segments):
+            if self._told:
+                which = (asked[segment] * len(self._told)).astype(np.int64).tolist()
+                keys = [self._told[i] for i in which]
+                window.asks[row, segment] = text.questions[keys]
+                window.answers[row, segment] = [self._known[key] for key in keys]
+            key = -1 if quiet or empty[segment] else self._next_key(again[segment])
             window.quiet[row, segment] = key < 0
             if key < 0:
-                window.tokens[row, segment] = layout.filler
+                window.tokens[row, segment] = text.layout.filler
                 continue
-            value = int(rng.integers(layout.alphabet))
             if key not in self._known:
                 self._told.append(key)
-            self._known[key] = value
-            pair = layout.pairs(np.array([key], np.int32), np.array([value], np.int32))
-            window.tokens[row, segment] = pair
+            self._known[key] = values[segment]
+            window.tokens[row, segment] = text.pairs[key]
+            window.tokens[row, segment, text.value_at] = values[segment]
 
-    def _next_key(self) -> int:
-        """The key that is told next, -1 for none."""
-        rng = self._rng
-        if rng.random() < self._settings.filler:
-            return -1
+    def _next_key(self, again: int) -> int:
+        """The key that is told next, -1 for none; ``again`` if it is one of all."""
         if self._kind == REWRITE:
-            return self._keys[rng.integers(len(self._keys))]
+            return self._keys[again]
         return self._keys[len(self._told)] if len(self._told) < len(self._keys) else -1
-
-    def _ask(self, window: Window, row: int, segment: int) -> None:
-        if not self._told:
-            return
-        for slot in range(window.asks.shape[2]):
-            which = int(self._rng.integers(len(self._told)))
-            key = self._told[which]
-            ids = self._layout.question(key).tolist()
-            window.ask(row, segment, slot, ids, seen=0, answer=self._known[key], kind=self._kind)
 
     def to_json(self) -> Any:
         known = [[key, self._known[key]] for key in self._told]

@@ -22,7 +22,8 @@ FASTEST, SLOWER = 2.0, 0.6
 AMPLITUDE = 1.0
 BACK, ALIKE, NEWER = 16.0, 10.0, 6.0
 """Scores of the heads at their place, for an equal row, and for the newest row over the oldest."""
-COPY = 1.0
+COPY = 0.5
+"""Share of what a head finds that is added to its row."""
 TOGETHER, VALUES = 2.0, 4.0
 """How much all memory tokens write, and the scale of all that they write, in sum. Their keys
 overlap, so what one writes the others read: with more the memory grows without an end, and a
@@ -49,8 +50,7 @@ def start(model: Armt | Rmt, words: Sequence[int] = (), places: Sequence[int] = 
     for number, layer in enumerate(decoder.h):
         block = layer.layer if isinstance(layer, AssociativeLayer) else layer
         assert isinstance(block, Block)
-        block.attn.c_attn.weight[content:, 2 * shape.width :] = 0
-        block.attn.c_proj.weight.mul_(COPY)
+        _copy(block, content)
         if number % 2 == 0:
             _look_back(block, decoder, content, places)
         else:
@@ -97,6 +97,21 @@ def _maps(block: Block, head: int) -> tuple[Tensor, Tensor]:
     inner = width // block.attn.heads
     q = weight[:, head * inner : (head + 1) * inner]
     return q, weight[:, width + head * inner : width + (head + 1) * inner]
+
+
+def _copy(block: Block, content: int) -> None:
+    """What heads find arrives in the dimensions where it stood, a random part of it by each head:
+    so a row is alike to those that found the same, and finds out more from layer to layer."""
+    width = block.attn.c_proj.weight.shape[0]
+    inner = width // block.attn.heads
+    values = block.attn.c_attn.weight[:, 2 * width :]
+    values.zero_()
+    block.attn.c_proj.weight.zero_()
+    for head in range(block.attn.heads):
+        part = slice(head * inner, (head + 1) * inner)
+        basis, _ = torch.linalg.qr(torch.randn(content, min(inner, content)))
+        values[:content, part][:, : basis.shape[1]] = basis
+        block.attn.c_proj.weight[part, :content][: basis.shape[1]] = COPY * basis.T
 
 
 def _look_back(block: Block, decoder: Decoder, content: int, places: Sequence[int]) -> None:

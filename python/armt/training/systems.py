@@ -58,8 +58,8 @@ def read_window(
     model: System, tokens: Tensor, state: tuple[Tensor, ...], asks: Asks
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Reads segments [B, S, T] with questions [B, S, ...]: the answering rows [B, S, Q, D], the new
-    state, and [B, S, 2] what was written."""
-    if isinstance(model, Armt):
+    state, and [B, S, 2] what was written. By waves where few large steps are faster than many."""
+    if isinstance(model, Armt) and tokens.is_cuda:
         return model.window(tokens, state, asks)
     answers, written = [], []
     for segment in range(tokens.shape[1]):

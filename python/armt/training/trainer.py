@@ -277,3 +277,5 @@ def _compile(model: Armt | Rmt | Mamba) -> None:
             layer.compile(dynamic=False)
     else:
         model.run = torch.compile(model.run, dynamic=False)
+    if isinstance(model, Armt):
+        model.run_wave = torch.compile(model.run_wave, dynamic=False)
