@@ -87,8 +87,8 @@ class PairRow:
         self._holding = max(self._holding - 1, 0)
         segments, asks = window.answers.shape[1:]
         empty: list[bool] = np.less(rng.random(segments), settings.filler).tolist()
-        again: list[int] = rng.integers(len(self._keys), size=segments).tolist()
-        values: list[int] = rng.integers(text.layout.alphabet, size=segments).tolist()
+        again = [int(i) for i in rng.integers(len(self._keys), size=(segments,))]
+        values = [int(i) for i in rng.integers(text.layout.alphabet, size=(segments,))]
         asked = rng.random((segments, asks))
         window.last[row] = text.questions.shape[1] - 1
         window.kinds[row] = self._kind
