@@ -1,6 +1,6 @@
 """Timings of the CUDA backend against floors measured in the same run.
 
-    python bench/gpu.py --out results.json [--what prefill fp8 decode ...] [--quick]
+    python bench/gpu.py --out results.json [--add] [--what prefill fp8 decode ...] [--quick]
 
 Weights are random (conditioned: embeddings are large, memory values small), ids are random, the
 head is left off in prefill. The floor of a prefill is its arithmetic over the rate of an 8192 bf16
@@ -14,7 +14,8 @@ sessions   64 sessions stepping together
 rival      eager PyTorch on the GPU, the same weights (rival_torch.py)
 drift      bfloat16 and 8 bits against float32 over long streams, the rival beside (gpu_long.py)
 endless    50 million tokens: latency, memory, numbers (gpu_long.py)
-profile    device time by kernel
+spill      sessions of which half rest in host memory, beside an engine that keeps all (gpu_long.py)
+profile    device time by kernel and by kind of operation, with shares of the ceilings
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -38,7 +40,8 @@ from armt import _core
 from gpu_models import GEOMETRIES, Geometry, feed, make_engine, random_ids
 
 ATTENTION_RATE = 400e12
-PARTS = ["prefill", "segments", "fp8", "decode", "sessions", "rival", "drift", "endless", "profile"]
+PARTS = ["prefill", "segments", "fp8", "decode", "sessions", "rival", "drift", "endless", "spill"]
+PARTS += ["profile"]  # what is run unless asked otherwise is all but this
 
 
 def timed(body: Callable[[], Any], *, least: int = 3, seconds: float = 1.5) -> dict[str, Any]:
@@ -151,8 +154,47 @@ def sessions(geometry: Geometry, count: int, rounds: int, core: Any) -> dict[str
     }
 
 
-def profile(body: Callable[[], Any]) -> list[dict[str, Any]]:
-    """Device time by kernel of one run."""
+# Operations by their kernels' names, the first that fits; the rest are a library's products.
+OPERATIONS = {
+    "attention": r"armt.*(hopper_kernel|flash_kernel|attention)",
+    "gated product": r"armt.*gated_kernel",
+    "8-bit products": r"armt.*fp8_kernel",
+    "8-bit rows": r"armt.*quantise",
+    "memory read": r"armt.*(read_|round_matri)",
+    "memory write": r"armt.*(write_|gather_writers)",
+    "norms": r"armt.*norm",
+    "keys and values": r"armt.*(store_|kv)",
+    "other of ours": r"armt",
+    "copies": r"(?i)mem(cpy|set)",
+}
+
+
+def operations(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Microseconds by kind of operation."""
+    found: dict[str, float] = {}
+    for row in rows:
+        named = (kind for kind, name in OPERATIONS.items() if re.search(name, row["kernel"]))
+        kind = next(named, "products")
+        found[kind] = found.get(kind, 0.0) + row["us"]
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def busy(events: Any) -> dict[str, float]:
+    """From the first kernel's start to the last one's end, and how much of it some kernel ran."""
+    times = sorted(
+        (e.time_range.start, e.time_range.end)
+        for e in events
+        if str(e.device_type).endswith("CUDA")
+    )
+    total, end = 0.0, times[0][0]
+    for begin, stop in times:
+        total += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return {"span_us": end - times[0][0], "busy_us": total}
+
+
+def profile(body: Callable[[], Any]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Device time by kernel of one run, and how busy the device was."""
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -165,7 +207,7 @@ def profile(body: Callable[[], Any]) -> list[dict[str, Any]]:
         for e in found.key_averages()
         if e.self_device_time_total > 0
     ]
-    return sorted(rows, key=lambda row: -row["us"])
+    return sorted(rows, key=lambda row: -row["us"]), busy(found.events())
 
 
 def git_commit() -> str:
@@ -189,7 +231,7 @@ LENGTHS = {"1b": [4096, 16384, 32768, 131072], "gpt2": [131072, 1048576]}
 class Run:
     """One run: what was asked for, what was found so far."""
 
-    def __init__(self, out: Path, commit: str, quick: bool) -> None:
+    def __init__(self, out: Path, commit: str, quick: bool, add: bool = False) -> None:
         self.out, self.quick = out, quick
         self.ceiling = Ceiling()
         rate = self.ceiling.measure()
@@ -203,6 +245,8 @@ class Run:
             "rows": [],
             "profiles": {},
         }
+        if add and out.exists():
+            self.result = json.loads(out.read_text())
 
     def note(self, kind: str, row: dict[str, Any]) -> None:
         self.result["rows"].append({"kind": kind} | row)
@@ -260,9 +304,20 @@ class Run:
             self.profile(geometry.name + " fp8", geometry, short)
 
     def profile(self, name: str, geometry: Geometry, core: Any) -> None:
-        ids = random_ids(geometry, geometry.segment * 48)
-        rows = profile(lambda: feed(_core.Session(core), ids))
-        self.result["profiles"][name] = rows
+        segments = 48
+        ids = random_ids(geometry, geometry.segment * segments)
+        rate = self.ceiling.measure()
+        rows, times = profile(lambda: feed(_core.Session(core), ids))
+        self.result["profiles"][name] = rows[:40]
+        products, attention = geometry.floor_flops(geometry.segment * segments)
+        kinds = operations(rows)
+        self.note(
+            "operations",
+            {"geometry": geometry.name, "name": name, "tokens": geometry.segment * segments}
+            | {"gemm_flops": rate, "us": kinds, "products_flop": products}
+            | {"attention_flop": attention, "kernels": sum(row["calls"] for row in rows)}
+            | times,
+        )
         total = sum(row["us"] for row in rows)
         for row in rows[:20]:
             share = f"{row['us'] / total:6.1%} {row['calls']:>6}"
@@ -280,6 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--what", nargs="*", default=PARTS[:-1], choices=PARTS)
+    parser.add_argument("--add", action="store_true", help="to what the file holds already")
     parser.add_argument("--quick", action="store_true", help="few lengths, no comparisons")
     parser.add_argument("--geometries", nargs="*", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--tokens", type=int, default=50_000_000, help="of the endless stream")
@@ -287,9 +343,10 @@ def main() -> None:
     parser.add_argument("--rival-tokens", type=int, default=131072, help="that the rival reads")
     parser.add_argument("--commit", default="", help="where git does not say it")
     options = parser.parse_args()
-    run = Run(options.out, options.commit or git_commit(), options.quick)
-    for name in options.geometries:
-        run.geometry(GEOMETRIES[name], options.what)
+    run = Run(options.out, options.commit or git_commit(), options.quick, options.add)
+    if {"prefill", "fp8", "profile", "decode", "sessions"} & set(options.what):
+        for name in options.geometries:
+            run.geometry(GEOMETRIES[name], options.what)
     if "segments" in options.what:
         run.segments()
     if "rival" in options.what:
@@ -299,6 +356,8 @@ def main() -> None:
             run.note("drift", row)
     if "endless" in options.what:
         run.note("endless", gpu_long.endless(options.tokens))
+    if "spill" in options.what:
+        run.note("spill", gpu_long.spill())
     run.write()
 
 

@@ -174,3 +174,45 @@ def endless(tokens: int, call_segments: int = 64) -> dict[str, Any]:
         "nonfinite": engine.stats()["nonfinite"],
         "logits_finite": bool(np.isfinite(session.logits).all()),
     }
+
+
+def spill(count: int = 256) -> dict[str, Any]:
+    """`count` sessions, four at a time, by an engine with room for about half of their states."""
+    weights = models.random_weights(GEOMETRY)
+    size = GEOMETRY.segment
+    ids = models.random_ids(GEOMETRY, 4 * size).reshape(4, size)
+    free = models.make_engine(GEOMETRY, weights, device="cuda", dtype="bfloat16")
+    sessions = [free.session() for _ in range(count)]
+    turns = [range(first, first + 4) for first in range(0, count, 4)]
+
+    def read(engine: armt.Engine, all_sessions: list[armt.Session]) -> float:
+        begin = time.perf_counter()
+        for turn in turns:
+            engine.feed_many([(all_sessions[i], ids[i % 4]) for i in turn])
+        return time.perf_counter() - begin
+
+    read(free, sessions)
+    states = free.stats()["state_bytes"]
+    limit = free.stats()["weight_bytes"] + states // 2 + 1536 * harness.MIB
+    tight = models.make_engine(
+        GEOMETRY, weights, device="cuda", dtype="bfloat16", memory_limit=limit
+    )
+    others = [tight.session() for _ in range(count)]
+    read(tight, others)
+    seconds: dict[str, list[float]] = {"free_s": [], "tight_s": []}
+    for _ in range(3):
+        seconds["free_s"].append(read(free, sessions))
+        seconds["tight_s"].append(read(tight, others))
+    same = all(
+        np.array_equal(a.state.memory(0)[0], b.state.memory(0)[0])
+        for a, b in zip(sessions[::16], others[::16], strict=True)
+    )
+    return {
+        "geometry": GEOMETRY.name,
+        "sessions": count,
+        "segment": size,
+        "state_mib": states / harness.MIB,
+        "limit_mib": limit / harness.MIB,
+        "spilled_mib": tight.stats()["spilled_bytes"] / harness.MIB,
+        "same_states": same,
+    } | {name: statistics.median(times) for name, times in seconds.items()}

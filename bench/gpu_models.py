@@ -6,6 +6,8 @@ values, so that a model of any size is made in seconds.
 
 from __future__ import annotations
 
+import functools
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,16 +93,22 @@ def bf16(values: Array) -> Array:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+@functools.cache
+def random_matrix(slot: str, rows: int, cols: int, std: float) -> Array:
+    """bfloat16 bits; the same ones for the next engine."""
+    rng = np.random.default_rng(zlib.crc32(slot.encode()))
+    return bf16(rng.standard_normal((rows, cols), dtype=np.float32) * np.float32(std))
+
+
 def make_engine(
     geometry: Geometry,
     *,
     dtype: str = "bfloat16",
     schedule: str = "auto",
     prefill_dtype: str = "same",
-    seed: int = 0,
+    memory_limit: int = 0,
 ) -> Any:
     """An engine with random weights; all layers share their values."""
-    rng = np.random.default_rng(seed)
     g = geometry
     core = _core.Engine(
         decoder=g.decoder(),
@@ -109,12 +117,13 @@ def make_engine(
         dtype=dtype,
         schedule=schedule,
         prefill_dtype=prefill_dtype,
+        memory_limit=memory_limit,
     )
 
     def load(slot: str, layers: int, rows: int, cols: int, std: float) -> None:
-        values = rng.standard_normal((rows, cols), dtype=np.float32) * np.float32(std)
+        values = random_matrix(slot, rows, cols, std)
         for layer in range(layers):
-            core.load_matrix(slot, layer, bf16(values), "bfloat16")
+            core.load_matrix(slot, layer, values, "bfloat16")
 
     def fill(slot: str, layers: int, size: int, value: float) -> None:
         for layer in range(layers):

@@ -216,7 +216,44 @@ def gpu_sessions_table() -> str:
         ]
         for r in gpu_rows("sessions")
     ]
+    for r in gpu_rows("spill"):
+        tokens = r["sessions"] * r["segment"]
+        rows += [
+            [
+                f"{MODELS[r['geometry']]}, {r['sessions']} sessions in turns",
+                f"{tokens / r['free_s']:,.0f}",
+            ],
+            [
+                f"the same, {r['spilled_mib']:,.0f} of {r['state_mib']:,.0f} MiB "
+                "of state in host memory",
+                f"{tokens / r['tight_s']:,.0f}",
+            ],
+        ]
     return table(["", "tokens/s"], rows) + "\n\n" + gpu_about()
+
+
+def operations_table() -> str:
+    rows = []
+    for r in gpu_rows("operations"):
+        model = MODELS[r["geometry"]] + (", 8 bits" if "fp8" in r["name"] else "")
+        total = sum(r["us"].values())
+        for kind, us in r["us"].items():
+            if us / total < 0.005:
+                continue
+            floor = ""
+            if kind == "attention":
+                floor = f"{r['attention_flop'] / 400e6 / us:.0%}"
+            rows.append([f"{model}, {kind}", f"{us / total:.1%}", f"{us / 1e3:.1f} ms", floor])
+        products = sum(us for kind, us in r["us"].items() if "product" in kind)
+        floor = f"{r['products_flop'] / r['gemm_flops'] * 1e6 / products:.0%}"
+        rows.append([f"{model}, all products", "", f"{products / 1e3:.1f} ms", floor])
+        rows.append(
+            [f"{model}, some kernel runs", f"{r['busy_us'] / r['span_us']:.1%}", "of the time", ""]
+        )
+    if not rows:
+        return table([], [])
+    head = ["", "share", "time", "of the ceiling"]
+    return table(head, rows) + "\n\n" + gpu_about()
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -224,6 +261,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "sessions": sessions_table,
     "server": server_table,
     "gpu-prefill": prefill_table,
+    "gpu-operations": operations_table,
     "gpu-sessions": gpu_sessions_table,
     "gpu-fp8": fp8_table,
     "gpu-drift": drift_table,

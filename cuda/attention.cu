@@ -3,6 +3,7 @@
 
 #include "attention.cuh"
 #include "check.h"
+#include "trial.h"
 #include "workspace.h"
 
 namespace armt::cuda {
@@ -39,6 +40,7 @@ void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
     return;
   }
   args.stores = active_.stores;
+  args.early = trying("decode");
   active_.stores = false;
   const FewShares shares = few_shares(args, processors_);
   args.splits = shares.splits;

@@ -8,13 +8,17 @@
 #include "check.h"
 #include "hopper.cuh"
 #include "overlap.cuh"
+#include "trial.h"
 
 namespace armt::cuda {
 namespace {
 
-template <int dim, int groups>
+// `apart`: a warp of its own brings the tiles; otherwise a thread of the first warpgroup does.
+template <int dim, int groups, bool apart>
 struct Shape {
-  static constexpr int kRows = groups * 64, kThreads = groups * 128, kStages = 4;
+  static constexpr int kRows = groups * 64, kThreads = groups * 128, kStages = apart && dim == 64 ? 6 : 4;
+  static constexpr int kBlock = kThreads + (apart ? 128 : 0);  // a warpgroup more, for it hands over its registers
+  static constexpr int kLead = apart ? kStages : 2;            // tiles that are on their way at first
   static constexpr int kTileElements = kTile * dim;
   static constexpr int kBytes = (kRows * dim + 2 * kStages * kTileElements) * 2 + 1024;  // begins at a multiple of 1024
   using QueryPlace = SlabPlace<kRows>;
@@ -38,6 +42,12 @@ __device__ inline void commit_products() {
 template <int pending>
 __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// What `x` needs is computed here and not later: a compiler moves a wait for products ahead of arithmetic that should
+// run beside them. `x` is never negative.
+__device__ inline void settle(float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}\n" ::"f"(x) : "memory");
 }
 
 // d [64, 64] = a [64, 16] b (+ d if `keep`). b: 64 rows of keys, 16 of their columns (`transposed` 0), or 16 rows of
@@ -75,10 +85,11 @@ __device__ inline void multiply(float (*d)[4], const uint32_t (&a)[4], uint64_t 
 
 #endif
 
-template <class T, int dim, int groups>
-__global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_constant__ AttendArgs args) {
+template <class T, int dim, int groups, bool apart>
+__global__ void __launch_bounds__(Shape<dim, groups, apart>::kBlock, 1)
+    hopper_kernel(const __grid_constant__ AttendArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = Shape<dim, groups>;
+  using S = Shape<dim, groups, apart>;
   let_next_kernel_start();
   wait_for_kernel_before();
   const DevCell& cell = args.batch.cells[blockIdx.z];
@@ -90,38 +101,36 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_co
   T* keys = queries + S::kRows * dim;                // [stages][64, dim]
   T* values = keys + S::kStages * S::kTileElements;  // [stages][64, dim]
   __shared__ Bounds bounds;
-  __shared__ uint64_t arrived[S::kStages];
+  __shared__ uint64_t arrived[S::kStages], released[S::kStages];  // tiles; by the warps that have read them
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : arrived) init_barrier(barrier, 1);
+    for (uint64_t& barrier : released) init_barrier(barrier, S::kThreads / 32);
     publish_barriers();
   }
   find_bounds(args, cell, first, S::kRows, bounds);
   __syncthreads();
   const Walk walk(cell, bounds);
   const int64_t values_behind = static_cast<int64_t>(args.kv_heads) * args.page_rows * args.kv_row;
+  // Rows behind the cache's end stay away: nobody may have written them.
   const auto start = [&](int index) {
     const int stage = index % S::kStages;
-    const T* from = walk.keys_of<T>(args, walk.tile(index), kv_head);
-    expect_bytes(arrived[stage], 2 * S::kTileElements * 2);
+    const Tile tile = walk.tile(index);
+    const T* from = walk.keys_of<T>(args, tile, kv_head);
+    const int bytes = min(kTile, tile.limit - tile.begin) * 64 * 2;
+    expect_bytes(arrived[stage], 2 * (dim / 64) * bytes);
 #pragma unroll
     for (int slab = 0; slab < dim / 64; ++slab) {
       const T* part = from + static_cast<int64_t>(slab) * args.page_rows * 64;
       const int to = stage * S::kTileElements + slab * kTile * 64;
-      copy_bulk(keys + to, part, kTile * 64 * 2, arrived[stage]);
-      copy_bulk(values + to, part + values_behind, kTile * 64 * 2, arrived[stage]);
+      copy_bulk(keys + to, part, bytes, arrived[stage]);
+      copy_bulk(values + to, part + values_behind, bytes, arrived[stage]);
     }
   };
-  // Two tiles are on their way while one is multiplied.
   if (threadIdx.x == 0) {
-    for (int i = 0; i < min(2, walk.count); ++i) start(i);
+    for (int i = 0; i < min(S::kLead, walk.count); ++i) start(i);
   }
   load_queries<T, typename S::QueryPlace, S::kRows, dim>(args, cell, first, head, queries);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t held[dim / 16][4];
-#pragma unroll
-  for (int k = 0; k < dim / 16; ++k) {
-    load_matrices(held[k], queries + S::QueryPlace::at(warp * 16 + lane % 16, k * 16 + lane / 16 * 8));
-  }
   // A warpgroup multiplies together: it takes all tiles from the first to the last that any of its 64 rows sees.
   __shared__ Sight sights_of[S::kRows];
   __shared__ int prev_begin[groups], cur_end[groups];
@@ -142,6 +151,24 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_co
     }
   }
   __syncthreads();
+  const auto start_when_free = [&](int index) {
+    wait_for(released[index % S::kStages], (index / S::kStages & 1) ^ 1);
+    start(index);
+  };
+  if constexpr (apart) {
+    if (warp >= groups * 4) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+      for (int next = S::kLead; threadIdx.x == S::kThreads && next < walk.count; ++next) start_when_free(next);
+      return;
+    }
+    static_assert(groups == 3);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+  }
+  uint32_t held[dim / 16][4];
+#pragma unroll
+  for (int k = 0; k < dim / 16; ++k) {
+    load_matrices(held[k], queries + S::QueryPlace::at(warp * 16 + lane % 16, k * 16 + lane / 16 * 8));
+  }
   int begin = 0, end = walk.count;
   const auto reaches = [&](int index) {
     return walk.reaches(walk.tile(index), prev_begin[warp / 4], cur_end[warp / 4]);
@@ -151,22 +178,37 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_co
   begin = __shfl_sync(0xffffffffu, begin, 0);
   end = __shfl_sync(0xffffffffu, end, 0);
 
+  // Warpgroups walk over different tiles, so no barrier of the whole block may stand here.
   const auto await = [&](int index) {
-    wait_for(arrived[index % S::kStages], index / S::kStages & 1);
-    const Tile tile = walk.tile(index);
-    if (tile.begin + kTile > tile.limit) {
-      // Behind the end of the cache lies anything; a weight of zero would not hide a NaN.
-      T* tile_v = values + index % S::kStages * S::kTileElements;
-      const int rows = tile.limit - tile.begin;
-      for (int i = threadIdx.x; i < (kTile - rows) * (dim / 8); i += S::kThreads) {
-        const int r = rows + i / (dim / 8), d = i % (dim / 8) * 8;
-        *reinterpret_cast<Pack<T>*>(tile_v + S::TilePlace::at(r, d)) = Pack<T>{};
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if constexpr (!apart) {
+      // This warp released the tile two before, whose place the one to come takes, on its way here.
+      if (threadIdx.x == 0 && index + S::kLead < walk.count) start_when_free(index + S::kLead);
+      __syncwarp();
     }
-    // Behind this barrier all threads have done with the tile two before.
-    __syncthreads();
-    if (threadIdx.x == 0 && index + 2 < walk.count) start(index + 2);
+    wait_for(arrived[index % S::kStages], index / S::kStages & 1);
+  };
+  const auto release = [&](int index) {
+    __syncwarp();
+    if (lane == 0) arrive(released[index % S::kStages]);
+  };
+  const auto pass = [&](int index) {
+    await(index);
+    release(index);
+  };
+  const auto take = [&](int index) {
+    await(index);
+    const Tile tile = walk.tile(index);
+    if (tile.begin + kTile <= tile.limit) return;
+    // Behind the end of the cache lies anything; a weight of zero would not hide a NaN. Each warpgroup that multiplies
+    // the tile writes these zeros and meets only itself.
+    T* tile_v = values + index % S::kStages * S::kTileElements;
+    const int rows = tile.limit - tile.begin;
+    for (int i = threadIdx.x % 128; i < (kTile - rows) * (dim / 8); i += 128) {
+      const int r = rows + i / (dim / 8), d = i % (dim / 8) * 8;
+      *reinterpret_cast<Pack<T>*>(tile_v + S::TilePlace::at(r, d)) = Pack<T>{};
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");
   };
   const float scale = score_scale(args, cell);
   Softmax<dim> softmax;
@@ -200,22 +242,23 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_co
       Softmax<dim>::mask(scores, cell, walk, tile, sights);
     }
     softmax.weigh(scores, scale, keep);
+    if constexpr (apart) settle(softmax.total[0] + softmax.total[1]);
   };
   const auto pack = [&] {
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) Softmax<dim>::template left_operand<T>(scores, k, weights[k]);
   };
 
-  for (int index = 0; index < begin; ++index) await(index);
+  for (int index = 0; index < begin; ++index) pass(index);
   if (begin < end) {
-    await(begin);
+    take(begin);
     fence_products();
     multiply_keys(begin);
     wait_products<0>();
     weigh(begin);
     pack();
     for (int index = begin + 1; index < end; ++index) {
-      await(index);
+      take(index);
       fence_products();
       multiply_keys(index);
       // The values of the tile before are added while the exponentials of this one are taken.
@@ -223,14 +266,16 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_co
       wait_products<1>();
       weigh(index);
       wait_products<0>();
+      release(index - 1);
       if (__any_sync(0xffffffffu, keep[0] != 1.0f || keep[1] != 1.0f)) softmax.shrink(keep);
       pack();
     }
     fence_products();
     multiply_values(end - 1);
     wait_products<0>();
+    release(end - 1);
   }
-  for (int index = end; index < walk.count; ++index) await(index);
+  for (int index = end; index < walk.count; ++index) pass(index);
   const int rows[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
   softmax.template store<T>(args, cell, rows, head);
 #else
@@ -238,23 +283,25 @@ __global__ void __launch_bounds__(groups * 128, 1) hopper_kernel(const __grid_co
 #endif
 }
 
-template <class T, int dim, int groups>
+template <class T, int dim, int groups, bool apart>
 bool launch(const AttendArgs& args, cudaStream_t stream) {
-  using S = Shape<dim, groups>;
-  const auto kernel = hopper_kernel<T, dim, groups>;
+  using S = Shape<dim, groups, apart>;
+  const auto kernel = hopper_kernel<T, dim, groups, apart>;
   static const bool runs = has_hopper_code(reinterpret_cast<const void*>(kernel));
   if (!runs) return false;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes), "cudaFuncSetAttribute");
   const dim3 grid(static_cast<unsigned>(ceil_div(args.batch.max_cell_rows, S::kRows)), args.q_heads,
                   args.batch.cell_count);
-  launch_overlapped(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args);
+  launch_overlapped(kernel, grid, dim3(S::kBlock), S::kBytes, stream, args);
   return true;
 }
 
 template <class T>
 bool launch_type(const AttendArgs& args, cudaStream_t stream) {
-  if (args.head_dim == 64) return launch<T, 64, 3>(args, stream);
-  if (args.head_dim == 128) return launch<T, 128, 2>(args, stream);
+  if (args.head_dim == 64) {
+    return trying("attention") ? launch<T, 64, 3, true>(args, stream) : launch<T, 64, 3, false>(args, stream);
+  }
+  if (args.head_dim == 128) return launch<T, 128, 2, false>(args, stream);
   return false;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <utility>
 
 #include "check.h"
@@ -21,6 +22,12 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
+// ARMT_NO_OVERLAP: each kernel waits for the one before it to end (for tools that take kernels one at a time).
+inline bool overlaps() {
+  static const bool allowed = std::getenv("ARMT_NO_OVERLAP") == nullptr;
+  return allowed;
+}
+
 template <class... Parameters, class... Args>
 void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                        const Args&... args) {
@@ -33,7 +40,7 @@ void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, siz
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = overlaps() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(args)...), "overlapped launch");
 }
 

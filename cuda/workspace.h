@@ -38,7 +38,8 @@ struct CudaWorkspace : Workspace {
   DeviceBuffer last_meta;  // DevRow [slot_rows]
   DeviceBuffer angles;     // float2 [slots * slot_rows, rotary_dims / 2]: cosine, sine
   DeviceBuffer gathered;   // int64 [slot_rows]
-  CudaScratch main, side;
+  CudaScratch main, side, half;
+  bool whole = false;  // no room for `half`
 };
 
 // Held by each entry point: one thread enqueues at a time, on the engine's device.

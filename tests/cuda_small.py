@@ -1,10 +1,11 @@
 """What compute-sanitizer runs: every kind of kernel once, on small models that take the fast paths.
 
-python tests/cuda_small.py
+python tests/cuda_small.py [--case N | --count | --describe N]
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -20,18 +21,25 @@ from reference.random_models import random_model
 _LLAMA = {
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 64,
 }
-_GPT2 = {"n_embd": 96, "n_layer": 2, "n_head": 2, "n_positions": 256}
+_GPT2 = {"n_embd": 96, "n_layer": 3, "n_head": 2, "n_positions": 256}
 _SEGMENTS = {"segment_size": 140, "num_mem_tokens": 20, "d_mem": 32}
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("llama", "paper", _LLAMA, {}, {"dtype": "bfloat16"}),
     ("llama", "modern", _LLAMA, {"n_heads": 2, "sliding_window": True}, {"dtype": "float32"}),
     ("gpt2", "paper", _GPT2, {"wrap_pos": True}, {"dtype": "float16"}),
-    ("llama", "paper", _LLAMA, {}, {"dtype": "bfloat16", "prefill_dtype": "fp8"}),
+    (
+        "llama",
+        "modern",
+        _LLAMA,
+        {"segment_size": 300, "sliding_window": True},
+        {"dtype": "bfloat16", "prefill_dtype": "fp8"},
+    ),
+    ("llama", "modern", _LLAMA | {"head_dim": 128}, {"sliding_window": True}, {"dtype": "float16"}),
 ]
 
 
@@ -59,7 +67,18 @@ def run(base: str, dialect: str, sizes: Any, memory: Any, options: Any, folder: 
 
 
 def main() -> None:
-    for case in CASES:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="only this model")
+    parser.add_argument("--count", action="store_true", help="say how many models there are")
+    parser.add_argument("--describe", type=int, choices=range(len(CASES)), help="say what it is")
+    options = parser.parse_args()
+    if options.count:
+        print(len(CASES))
+        return
+    if options.describe is not None:
+        print(*CASES[options.describe][:2], CASES[options.describe][4])
+        return
+    for case in CASES if options.case is None else [CASES[options.case]]:
         with tempfile.TemporaryDirectory() as folder:
             run(*case, Path(folder))
         print("ran", *case[:2], case[4], flush=True)

@@ -53,6 +53,21 @@ WIDE = [
     ),
     Variant("wide-modern-qwen3", "qwen3", "modern", _WIDE_LLAMA | {"head_dim": 128}, _LONG),
     Variant("wide-inner-llama", "llama", "modern-inner", _WIDE_LLAMA | {"head_dim": 16}, _LONG),
+    # More tiles of keys than a kernel holds at once; heads for which Hopper GPUs have a kernel.
+    Variant(
+        "wide-far-llama",
+        "llama",
+        "modern",
+        _WIDE_LLAMA | {"head_dim": 64},
+        {"segment_size": 300, "num_mem_tokens": 20, "d_mem": 40, "sliding_window": True},
+    ),
+    Variant(
+        "wide-far-qwen3",
+        "qwen3",
+        "modern",
+        _WIDE_LLAMA | {"head_dim": 128},
+        _LONG | {"sliding_window": True},
+    ),
     # Segments so long that the memory is rounded before it is read; many memory tokens.
     Variant(
         "wide-long-llama",

@@ -81,18 +81,24 @@ def test_a_tale_knows_what_the_told_events_decide(kind: str, seed: int) -> None:
         return sentence
 
     tale._world.happen = noting  # type: ignore[method-assign]
-    asked = 0
+    asked = who = 0
     for _ in range(120):
         tale.tell()
         known: dict[str, Any] = {}
         for task in TOLD_OF[kind]:
             known |= stories.questions(task, told)
+        if kind == "qa3":
+            last = {event.what: event for event in told if event.kind in ("get", "drop")}
+            had = {thing: event.person for thing, event in last.items() if event.kind == "get"}
+            known |= {f"Who has the {thing}?": (person, ()) for thing, person in had.items()}
         for _ in range(3):
             found = tale.ask()
             if found is not None and found[0] in known:
                 assert known[found[0]][0] == found[1], (found, told)
                 asked += 1
+                who += found[0].startswith("Who has")
     assert asked > 100
+    assert (who > 20) == (kind == "qa3")
 
 
 def test_a_map_is_answered_by_its_newest_facts() -> None:

@@ -16,6 +16,10 @@ from armt.training.shape import Shape
 __all__ = ["Armt", "Mamba", "Rmt", "Shape", "System", "build"]
 
 
+SMALL = 8000
+"""Rows of a cell, below which a GPU is not filled by one."""
+
+
 class Head(Protocol):
     """What turns rows into logits."""
 
@@ -58,8 +62,9 @@ def read_window(
     model: System, tokens: Tensor, state: tuple[Tensor, ...], asks: Asks
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Reads segments [B, S, T] with questions [B, S, ...]: the answering rows [B, S, Q, D], the new
-    state, and [B, S, 2] what was written. By waves where few large steps are faster than many."""
-    if isinstance(model, Armt) and tokens.is_cuda:
+    state, and [B, S, 2] what was written. By waves where cells are too small for the device."""
+    rows = len(tokens) * (tokens.shape[2] + asks.ids[0, 0].numel())
+    if isinstance(model, Armt) and tokens.is_cuda and rows < SMALL:
         return model.window(tokens, state, asks)
     answers, written = [], []
     for segment in range(tokens.shape[1]):

@@ -24,12 +24,15 @@ TOLD_OF = {"qa1": ("qa1",), "qa3": ("qa1", "qa2", "qa3"), "qa4": ("qa4",), "qa5"
 """Kinds of worlds, and the tasks whose questions they answer."""
 SHARES = {"qa1": (1.0,), "qa3": (0.1, 0.4, 0.5), "qa4": (1.0,), "qa5": (1.0,)}
 """How often a world is asked a question of each of its tasks."""
-KINDS = ("qa1", "qa2", "qa3", "qa4", "qa5")
+KINDS = ("qa1", "qa2", "qa3", "qa4", "qa5", "who")
+"""Kinds of questions: the tasks, and one step on the way to qa2 and qa3."""
+WHO = 0.2
+"""Of questions about worlds with things, so many are about who has one."""
 NEWEST = 0.7
 """Of questions about the map, so many are about the two newest facts."""
 
 Question = tuple[str, str, int]
-"""The question, its answer and the kind of task."""
+"""The question, its answer and its kind."""
 
 
 class Tale(Protocol):
@@ -97,6 +100,9 @@ class WalkTale:
             self._place[thing] = place
 
     def ask(self) -> Question | None:
+        if self._kind == "qa3" and self._holder and self._rng.random() < WHO:
+            thing = self._rng.choice(list(self._holder))
+            return f"Who has the {thing}?", self._holder[thing], 5
         moved = [thing for thing, places in self._before.items() if places]
         possible = {"qa1": self._at, "qa2": self._place, "qa3": moved}
         shares = zip(TOLD_OF[self._kind], SHARES[self._kind], strict=True)
