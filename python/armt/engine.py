@@ -76,8 +76,9 @@ class Engine:
         instruction set ("baseline", "avx2", "avx512"). ``adapter`` is a separate LoRA folder.
         ``on_nonfinite="raise"`` turns infinities and NaNs that a call wrote or is about to hand out
         into a NonFiniteError; "ignore" only counts them (``stats()["nonfinite"]``).
-        ``prefill_dtype="fp8"`` reads long inputs with 8-bit dense layers: faster and less exact,
-        for bfloat16 weights on GPUs of compute capability 9.0; a DeviceError elsewhere.
+        ``prefill_dtype="fp8"`` reads long inputs with 8-bit dense layers: less exact, faster for
+        wide models and slower for small ones (GPT-2 small); for bfloat16 weights on GPUs of compute
+        capability 9.0, a DeviceError elsewhere.
         ``memory_limit`` is the most bytes of a GPU's memory that the engine takes, 0: what there
         is. When it is used up, states of sessions that rest move to host memory and come back when
         they are used; OutOfMemory is raised when even that does not help.

@@ -15,9 +15,8 @@ from armt.tasks.reading import EngineReader
 
 torch = pytest.importorskip("torch", reason='needs the extra "torch"')
 
-from armt.training.decoder import Asks, weights_of  # noqa: E402
+from armt.training.decoder import Asks  # noqa: E402
 from armt.training.folder import load_weights, write_model  # noqa: E402
-from armt.training.model import write_memory  # noqa: E402
 from armt.training.reader import TorchReader  # noqa: E402
 from armt.training.start import start, wake  # noqa: E402
 from armt.training.systems import Armt, Shape, build  # noqa: E402
@@ -208,52 +207,17 @@ def test_half_precision_files_are_read(tmp_path: Path) -> None:
         load_weights(make("modern", layers=2), tmp_path)
 
 
-@pytest.mark.parametrize("segments", [1, 2, 6])
-@pytest.mark.parametrize("kind", ["modern", "modern, divided", "paper"])
-def test_waves_give_what_segments_give_in_turn(kind: str, segments: int) -> None:
-    model = make(kind).double()
-    rng = torch.Generator().manual_seed(segments)
-
-    def ids(high: int, *shape: int) -> Any:
-        return torch.randint(0, high, shape, generator=rng)
-
-    tokens = ids(50, 2, segments, 13)
-    asks = Asks(ids(50, 2, segments, 3, 4), ids(9, 2, segments, 3), ids(4, 2, segments, 3))
-    with torch.no_grad():
-        state = model.segment(ids(50, 2, 13), model.empty(2))[2]
-    expected, found = [], []
-    carry = state
-    for at in range(segments):
-        own = Asks(*(part[:, at] for part in vars(asks).values()))
-        _, rows, carry, written = model.segment(tokens[:, at], carry, own)
-        expected.append((rows, written))
-    rows, last, written = model.window(tokens, state, asks)
-    found = [(rows[:, at], written[:, at]) for at in range(segments)]
-    for one, other in zip(expected, found, strict=True):
-        torch.testing.assert_close(other[0], one[0])
-        torch.testing.assert_close(other[1], one[1], check_dtype=False)
-    for one, other in zip(carry, last, strict=True):
-        torch.testing.assert_close(other, one)
-    gradients = []
-    for outs in (expected, found):
-        model.zero_grad()
-        sum(out[0].square().sum() + out[1].sum() for out in outs).backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(other, one)
-
-
 def test_only_writes_of_more_than_a_rows_length_are_beyond_measure() -> None:
     model = make("modern")
-    y, empty = torch.randn(1, 2, 3, 32), (torch.zeros(1, 2, 30, 32), torch.zeros(1, 2, 30))
+    layer = model.decoder.h[1]
+    y = torch.randn(2, 3, 32)
     with torch.no_grad():
-        torch.nn.init.eye_(model.decoder.h[1].W_mv.weight)
-        weights = weights_of([model.decoder.h[1]])
+        torch.nn.init.eye_(layer.W_mv.weight)
         for scale, beyond in ((1.0, False), (1e3, True)):
-            found = write_memory(model.shape, weights, scale * y, *empty, torch.ones(1))
-            assert found[2].shape == (1, 2, 2)
-            assert (found[2][..., 0] > 0.1).all()
-            assert (found[2][..., 1] > 1).all() if beyond else (found[2][..., 1] == 0).all()
+            *_, written = layer.write(scale * y, torch.zeros(2, 30, 32), torch.zeros(2, 30))
+            assert written.shape == (2, 2)
+            assert (written[:, 0] > 0.1).all()
+            assert (written[:, 1] > 1).all() if beyond else (written[:, 1] == 0).all(), written
 
 
 def test_a_memory_that_is_woken_writes() -> None:

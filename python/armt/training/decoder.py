@@ -2,14 +2,12 @@
 
 Modules are named so that ``state_dict()`` has the published tensor names. Letters: B rows of a
 batch, T tokens of a segment, R rows of its own (tokens and memory tokens), Q questions of t tokens,
-N = R + Q t, D width, C layers that are computed side by side.
+N = R + Q t, D width, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +32,20 @@ class Asks:
 
 
 class Conv1D(nn.Module):
-    """The weights of a linear map as GPT-2 stores them: [in, out]."""
+    """A linear map whose weight is stored as GPT-2 stores it: [in, out]."""
 
     def __init__(self, inputs: int, outputs: int, scale: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(inputs, outputs) * scale)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        return functional.linear(x, self.weight.T, self.bias)
+
 
 class Attention(nn.Module):
-    """Weights of the attention."""
+    """Own rows see one another causally; questions see what the mask says, and themselves."""
 
     def __init__(self, shape: Shape, scale: float) -> None:
         super().__init__()
@@ -51,18 +53,49 @@ class Attention(nn.Module):
         self.c_attn = Conv1D(shape.width, 3 * shape.width, scale)
         self.c_proj = Conv1D(shape.width, shape.width, scale)
 
+    def forward(self, x: Tensor, asked: int, visible: Tensor | None) -> Tensor:
+        """x [B, N, D], the last ``asked`` rows questions; visible [B, asked, K + asked] bool, where
+        K of the own rows can be seen by questions -> [B, N, D]"""
+        batch, rows, width = x.shape
+        own = rows - asked
+        parts = self.c_attn(x).view(batch, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0)
+        found = []
+        if own:
+            found.append(
+                functional.scaled_dot_product_attention(
+                    q[:, :, :own], k[:, :, :own], v[:, :, :own], is_causal=True
+                )
+            )
+        if visible is not None:
+            seen = visible.shape[-1] - asked
+            keys, values = (torch.cat((y[:, :, :seen], y[:, :, own:]), dim=2) for y in (k, v))
+            found.append(
+                functional.scaled_dot_product_attention(
+                    q[:, :, own:], keys, values, attn_mask=visible[:, None]
+                )
+            )
+        out = torch.cat(found, dim=2) if len(found) > 1 else found[0]
+        mixed: Tensor = self.c_proj(out.transpose(1, 2).reshape(batch, rows, width))
+        return mixed
+
 
 class Mlp(nn.Module):
-    """Weights of D -> 4 D -> D."""
+    """D -> 4 D -> D."""
 
     def __init__(self, shape: Shape, scale: float, deep: float) -> None:
         super().__init__()
         self.c_fc = Conv1D(shape.width, 4 * shape.width, scale)
         self.c_proj = Conv1D(4 * shape.width, shape.width, deep / 2)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        out: Tensor = self.c_proj(functional.gelu(self.c_fc(x), approximate="tanh"))
+        return out
+
 
 class Block(nn.Module):
-    """Weights of a layer of GPT-2."""
+    """A layer of GPT-2."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -72,64 +105,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(shape.width, eps=EPS)
         self.mlp = Mlp(shape, scale, scale / (2 * shape.layers) ** 0.5)
 
-
-Weights: TypeAlias = Mapping[str, Tensor]
-"""Weights of C layers of one kind, [C, ...] each, by their names in a layer."""
-
-
-def weights_of(layers: Iterable[nn.Module]) -> dict[str, Tensor]:
-    """The weights of some layers of one kind."""
-    each = [dict(layer.named_parameters()) for layer in layers]
-    if len(each) == 1:
-        return {name: weight[None] for name, weight in each[0].items()}
-    return {name: torch.stack([own[name] for own in each]) for name in each[0]}
-
-
-def run_block(
-    x: Tensor, weights: Weights, prefix: str, heads: int, asked: int, visible: Tensor | None
-) -> Tensor:
-    """C layers side by side, each over its own rows: x [C, B, N, D], the last ``asked`` rows
-    questions; visible [C, B, asked, K + asked] bool, where K of the own rows can be seen by
-    questions -> [C, B, N, D]"""
-
-    def norm(y: Tensor, name: str) -> Tensor:
-        w, b = (weights[f"{prefix}{name}.{part}"][:, None, None] for part in ("weight", "bias"))
-        return functional.layer_norm(y, y.shape[-1:], eps=EPS) * w + b
-
-    def linear(y: Tensor, name: str) -> Tensor:
-        w, b = weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"]
-        return torch.baddbmm(b[:, None], y.flatten(1, 2), w).reshape(*y.shape[:3], -1)
-
-    mixed = attend(linear(norm(x, "ln_1"), "attn.c_attn"), heads, asked, visible)
-    x = x + linear(mixed, "attn.c_proj")
-    inner = functional.gelu(linear(norm(x, "ln_2"), "mlp.c_fc"), approximate="tanh")
-    return x + linear(inner, "mlp.c_proj")
-
-
-def attend(x: Tensor, heads: int, asked: int, visible: Tensor | None) -> Tensor:
-    """x [C, B, N, 3 D] -> [C, B, N, D]. Own rows see one another causally; questions see what the
-    mask says, and themselves."""
-    cells, batch, rows, _ = x.shape
-    own = rows - asked
-    parts = x.view(cells * batch, rows, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = parts.unbind(0)
-    found = []
-    if own:
-        found.append(
-            functional.scaled_dot_product_attention(
-                q[:, :, :own], k[:, :, :own], v[:, :, :own], is_causal=True
-            )
-        )
-    if visible is not None:
-        seen = visible.shape[-1] - asked
-        keys, values = (torch.cat((y[:, :, :seen], y[:, :, own:]), dim=2) for y in (k, v))
-        found.append(
-            functional.scaled_dot_product_attention(
-                q[:, :, own:], keys, values, attn_mask=visible.flatten(0, 1)[:, None]
-            )
-        )
-    out = torch.cat(found, dim=2) if len(found) > 1 else found[0]
-    return out.transpose(1, 2).reshape(cells, batch, rows, -1)
+    def forward(self, x: Tensor, asked: int, visible: Tensor | None) -> Tensor:
+        """[B, N, D] -> [B, N, D]"""
+        x = x + self.attn(self.ln_1(x), asked, visible)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class Decoder(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from armt.training.decoder import Asks
-from armt.training.systems import System, read_window
+from armt.training.systems import System
 from armt.training.window import NO_ANSWER, Window
 
 WARM_UPS = 3
@@ -116,11 +116,21 @@ class Step:
         """The mean loss of the questions; what was written beyond measure, and in quiet segments;
         counts of right answers and of questions by kind; the new memories."""
         given = self._inputs
-        asks = Asks(*(given[name].long() for name in ("asks", "seen", "last")))
-        found, state, written = read_window(
-            self._model, given["tokens"].long(), self._begin(), asks
-        )
-        guesses = self._model.decoder.logits(found).float().flatten(0, 2)
+        state = self._begin()
+        logits, beyond, wasted = [], [], []
+        for segment in range(given["tokens"].shape[1]):
+            asks = Asks(
+                given["asks"][:, segment].long(),
+                given["seen"][:, segment].long(),
+                given["last"][:, segment].long(),
+            )
+            tokens = given["tokens"][:, segment].long()
+            _, found, state, written = self._model.segment(tokens, state, asks)
+            assert found is not None
+            logits.append(self._model.decoder.logits(found).float())
+            wasted.append(given["quiet"][:, segment] * written[:, 0])
+            beyond.append(written[:, 1])
+        guesses = torch.stack(logits, dim=1).flatten(0, 2)
         answers = given["answers"].flatten().long()
         total = functional.cross_entropy(guesses, answers, ignore_index=NO_ANSWER, reduction="sum")
         asked = answers != NO_ANSWER
@@ -131,8 +141,7 @@ class Step:
             right.index_add_(0, kinds, hit.float())
             right.index_add_(0, kinds + self._kinds, asked.float())
         mean = total / asked.sum().clamp(min=1)
-        wasted = (given["quiet"] * written[..., 0]).mean()
-        return mean, written[..., 1].mean(), wasted, right, state
+        return mean, torch.stack(beyond).mean(), torch.stack(wasted).mean(), right, state
 
     def _begin(self) -> tuple[Tensor, ...]:
         """The carried memories; empty ones for rows that begin anew or broke down."""

@@ -16,10 +16,6 @@ from armt.training.shape import Shape
 __all__ = ["Armt", "Mamba", "Rmt", "Shape", "System", "build"]
 
 
-SMALL = 8000
-"""Rows of a cell, below which a GPU is not filled by one."""
-
-
 class Head(Protocol):
     """What turns rows into logits."""
 
@@ -56,24 +52,6 @@ class System(Protocol):
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """All weights."""
         ...
-
-
-def read_window(
-    model: System, tokens: Tensor, state: tuple[Tensor, ...], asks: Asks
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Reads segments [B, S, T] with questions [B, S, ...]: the answering rows [B, S, Q, D], the new
-    state, and [B, S, 2] what was written. By waves where cells are too small for the device."""
-    rows = len(tokens) * (tokens.shape[2] + asks.ids[0, 0].numel())
-    if isinstance(model, Armt) and tokens.is_cuda and rows < SMALL:
-        return model.window(tokens, state, asks)
-    answers, written = [], []
-    for segment in range(tokens.shape[1]):
-        own = Asks(*(part[:, segment] for part in vars(asks).values()))
-        _, found, state, more = model.segment(tokens[:, segment], state, own)
-        assert found is not None
-        answers.append(found)
-        written.append(more)
-    return torch.stack(answers, dim=1), state, torch.stack(written, dim=1)
 
 
 def build(shape: Shape) -> Armt | Rmt | Mamba:

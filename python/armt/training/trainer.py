@@ -272,10 +272,6 @@ def make_rows(text: Text | PairText, stage: Stage, seed: int, numbers: Sequence[
 
 def _compile(model: Armt | Rmt | Mamba) -> None:
     torch._dynamo.config.cache_size_limit = 64
-    if isinstance(model, Mamba):
-        for layer in model.layers:
-            layer.compile(dynamic=False)
-    else:
-        model.run = torch.compile(model.run, dynamic=False)
-    if isinstance(model, Armt):
-        model.run_wave = torch.compile(model.run_wave, dynamic=False)
+    layers = model.layers if isinstance(model, Mamba) else model.decoder.h
+    for layer in layers:
+        layer.compile(dynamic=False)
