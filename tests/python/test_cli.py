@@ -170,9 +170,9 @@ def test_demo(invoke: Invoke) -> None:
 
 def test_info(invoke: Invoke) -> None:
     code, out, _ = invoke("info", "demo")
-    assert code == 0 and "modern" in out and "512 tokens" in out and "d_model 128" in out
+    assert code == 0 and "modern" in out and "256 tokens" in out and "d_model 128" in out
     code, out, _ = invoke("info", "babilong", "--json")
-    assert code == 0 and json.loads(out)["segment_size"] == 512
+    assert code == 0 and json.loads(out)["segment_size"] == 256
 
 
 def test_large_weights_are_read_behind_a_bar(

@@ -18,8 +18,8 @@ torch = pytest.importorskip("torch", reason='needs the extra "torch"')
 from armt.training.decoder import Asks  # noqa: E402
 from armt.training.folder import load_weights, write_model  # noqa: E402
 from armt.training.reader import TorchReader  # noqa: E402
-from armt.training.start import start, wake  # noqa: E402
-from armt.training.systems import Armt, Shape, build  # noqa: E402
+from armt.training.start import start  # noqa: E402
+from armt.training.systems import Shape, build  # noqa: E402
 
 SLACK = 8
 """Our error against float64, in PyTorch's own float32 errors: random tokens meet small
@@ -218,20 +218,6 @@ def test_only_writes_of_more_than_a_rows_length_are_beyond_measure() -> None:
             assert written.shape == (2, 2)
             assert (written[:, 0] > 0.1).all()
             assert (written[:, 1] > 1).all() if beyond else (written[:, 1] == 0).all(), written
-
-
-def test_a_memory_that_is_woken_writes() -> None:
-    model = make("modern")
-    assert isinstance(model, Armt)
-    layer = model.decoder.h[1]
-    with torch.no_grad():
-        layer.W_mb.bias.fill_(-40.0)
-    ids = torch.from_numpy(np.random.default_rng(2).integers(0, 50, (1, 13)))
-    with torch.no_grad():
-        _, _, asleep, _ = model.segment(ids, model.empty(1))
-        wake(model, [1])
-        _, _, awake, _ = model.segment(ids, model.empty(1))
-    assert asleep[1].abs().max() < 1e-6 < awake[1].abs().max()
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,6 @@ class Beginning:
     """Heads of even layers look at these places of a segment; none: some tokens back."""
     folder: str = ""
     """Goes on with the weights of this checkpoint."""
-    wake: tuple[int, ...] = ()
-    """Layers of that checkpoint whose memory begins anew."""
 
 
 @dataclass(frozen=True)

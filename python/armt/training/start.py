@@ -28,8 +28,6 @@ TOGETHER, VALUES = 2.0, 4.0
 """How much all memory tokens write, and the scale of all that they write, in sum. Their keys
 overlap, so what one writes the others read: with more the memory grows without an end, and a
 training saves itself by putting its deeper layers to sleep."""
-SELDOM, SOFTLY = -1.0, 0.03
-"""The same for memories that begin in the middle of a training."""
 
 
 @torch.no_grad()
@@ -62,19 +60,6 @@ def start(model: Armt | Rmt, words: Sequence[int] = (), places: Sequence[int] = 
             layer.W_mb.weight.zero_()
             layer.W_mb.bias.fill_(math.log(often / (1 - often)))
             torch.nn.init.eye_(layer.W_mv.weight).mul_(min(VALUES / shape.memory_tokens, 1.0))
-
-
-@torch.no_grad()
-def wake(model: Armt, layers: Sequence[int]) -> None:
-    """Begins the memory of some layers anew, softly, in a model that has learned to do without."""
-    for number in layers:
-        layer = model.decoder.h[number]
-        assert isinstance(layer, AssociativeLayer)
-        layer.W_mk.reset_parameters()
-        layer.W_mq.weight.copy_(layer.W_mk.weight)
-        torch.nn.init.eye_(layer.W_mv.weight).mul_(SOFTLY)
-        layer.W_mb.weight.zero_()
-        layer.W_mb.bias.fill_(SELDOM)
 
 
 def _waves(positions: int, count: int, period: int) -> Tensor:

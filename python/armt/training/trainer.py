@@ -20,7 +20,7 @@ from armt.training.feed import Feed
 from armt.training.folder import load_weights
 from armt.training.pairs import PairRow, PairSettings, PairText
 from armt.training.recipe import Recipe, Stage, parse_recipe
-from armt.training.start import start, wake
+from armt.training.start import start
 from armt.training.step import Step
 from armt.training.systems import Armt, Mamba, Rmt, Shape, build
 from armt.training.window import Rows, Window
@@ -68,8 +68,6 @@ class Trainer:
             start(self.model, list(self.text.words.values()), recipe.start.places)
         if recipe.start.folder:
             load_weights(self.model, Path(recipe.start.folder))
-        if isinstance(self.model, Armt):
-            wake(self.model, recipe.start.wake)
         self.model.to(device)
         parameters = list(self.model.parameters())
         self._device = parameters[0].device
