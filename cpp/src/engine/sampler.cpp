@@ -1,6 +1,7 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -11,22 +12,55 @@
 namespace armt {
 namespace {
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kImpossible = 1e-300;  // weights below are of logits that were cut off, or as good as
+
 struct Candidate {
   int32_t token;
-  double value;  // logit, later probability
+  double value;  // logit, later weight
 };
 
-// exp by range reduction and a Taylor polynomial: only additions and products, so that no two platforms differ (library
-// versions of exp do).
-double portable_exp(double x) {
-  if (x < -700.0) return 0.0;
+// The likelier one first; of equals the lower id.
+bool before(const Candidate& a, const Candidate& b) {
+  return a.value != b.value ? a.value > b.value : a.token < b.token;
+}
+
+// Those of at least `least`, in the order of their ids.
+std::vector<Candidate> candidates_of(const std::vector<double>& values, double least) {
+  std::vector<Candidate> candidates;
+  candidates.reserve(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (values[i] >= least) candidates.push_back({static_cast<int32_t>(i), values[i]});
+  }
+  return candidates;
+}
+
+// exp of each x <= 0 by range reduction and a Taylor polynomial: only additions, products and bits, so that no two
+// platforms differ (library versions of exp do) and the loop becomes vector code. The relative error is below 1e-15.
+void exponentials(std::span<double> xs) {
   constexpr double kLog2e = 1.4426950408889634, kLn2High = 0.693147180369123816490,
-                   kLn2Low = 1.90821492927058770002e-10;
-  const double n = std::floor(x * kLog2e + 0.5);
-  const double r = (x - n * kLn2High) - n * kLn2Low;  // |r| <= ln 2 / 2
-  double sum = 1.0;
-  for (int i = 14; i >= 1; --i) sum = 1.0 + sum * r / i;
-  return std::ldexp(sum, static_cast<int>(n));
+                   kLn2Low = 1.90821492927058770002e-10, kRound = 0x1.8p52;
+  for (double& x : xs) {
+    const double bounded = x < -700.0 ? -700.0 : x;
+    const double shifted = bounded * kLog2e + kRound;  // its last bits hold the nearest whole number
+    const double n = shifted - kRound;
+    const double r = (bounded - n * kLn2High) - n * kLn2Low;  // |r| <= ln 2 / 2
+    double sum = 1.0 / 6227020800.0;
+    sum = 1.0 / 479001600.0 + r * sum;
+    sum = 1.0 / 39916800.0 + r * sum;
+    sum = 1.0 / 3628800.0 + r * sum;
+    sum = 1.0 / 362880.0 + r * sum;
+    sum = 1.0 / 40320.0 + r * sum;
+    sum = 1.0 / 5040.0 + r * sum;
+    sum = 1.0 / 720.0 + r * sum;
+    sum = 1.0 / 120.0 + r * sum;
+    sum = 1.0 / 24.0 + r * sum;
+    sum = 1.0 / 6.0 + r * sum;
+    sum = 0.5 + r * sum;
+    sum = 1.0 + r * sum;
+    sum = 1.0 + r * sum;
+    x = sum * std::bit_cast<double>((std::bit_cast<uint64_t>(shifted) + 1023) << 52);
+  }
 }
 
 void penalise(std::vector<double>& logits, std::span<const int32_t> seen, double penalty) {
@@ -43,33 +77,41 @@ int32_t greatest(const std::vector<double>& logits) {
   return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
-void keep_top_k(std::vector<Candidate>& sorted, int64_t k) {
-  if (k > 0 && k < std::ssize(sorted)) sorted.resize(k);
+// All but the k likeliest become impossible.
+void keep_top_k(std::vector<double>& logits, int64_t k) {
+  if (k == 0 || k >= std::ssize(logits)) return;
+  std::vector<Candidate> candidates = candidates_of(logits, -kInfinity);
+  std::nth_element(candidates.begin(), candidates.begin() + k, candidates.end(), before);
+  for (auto c = candidates.begin() + k; c != candidates.end(); ++c) logits[c->token] = -kInfinity;
 }
 
-void to_probabilities(std::vector<Candidate>& candidates, double temperature, double greatest_logit) {
+// exp((logit - greatest) / temperature), 1 for the greatest even if it is infinite.
+void to_weights(std::vector<double>& logits, double temperature, double greatest_logit) {
+  std::vector<double> weights(logits.size());
+  for (size_t i = 0; i < logits.size(); ++i)
+    weights[i] = logits[i] == greatest_logit ? 0.0 : (logits[i] - greatest_logit) / temperature;
+  exponentials(weights);
+  logits.swap(weights);
+}
+
+// The fewest of the likeliest whose weights reach `least`, the likeliest first. Few of many are wanted as a rule, so no
+// more than those are put in order.
+void keep_top_p(std::vector<Candidate>& candidates, double least) {
   double sum = 0;
-  for (Candidate& c : candidates) {
-    c.value = portable_exp((c.value - greatest_logit) / temperature);
-    sum += c.value;
+  size_t sorted = 0;
+  for (size_t wanted = 64; sorted < candidates.size(); wanted *= 8) {
+    const size_t end = std::min(wanted, candidates.size());
+    const auto first = candidates.begin() + static_cast<std::ptrdiff_t>(sorted);
+    const auto last = candidates.begin() + static_cast<std::ptrdiff_t>(end);
+    if (last != candidates.end()) std::nth_element(first, last, candidates.end(), before);
+    std::sort(first, last, before);
+    for (; sorted < end; ++sorted) {
+      sum += candidates[sorted].value;
+      if (sum < least) continue;
+      candidates.resize(sorted + 1);
+      return;
+    }
   }
-  for (Candidate& c : candidates) c.value /= sum;
-}
-
-void keep_top_p(std::vector<Candidate>& sorted, double p) {
-  if (p >= 1.0) return;
-  double sum = 0;
-  for (size_t i = 0; i < sorted.size(); ++i) {
-    sum += sorted[i].value;
-    if (sum < p) continue;
-    sorted.resize(i + 1);
-    return;
-  }
-}
-
-void keep_min_p(std::vector<Candidate>& sorted, double p) {
-  const double least = p * sorted.front().value;
-  std::erase_if(sorted, [least](const Candidate& c) { return c.value < least; });
 }
 
 int32_t draw(const std::vector<Candidate>& candidates, double u) {
@@ -112,34 +154,28 @@ double uniform(uint64_t seed, uint64_t index) {
 
 double log_probability(std::span<const float> logits, int32_t token) {
   const double greatest = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float value : logits) sum += std::exp(static_cast<double>(value) - greatest);
+  std::vector<double> weights(logits.begin(), logits.end());
+  for (double& weight : weights) weight -= greatest;
+  exponentials(weights);
+  const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
   return static_cast<double>(logits[token]) - greatest - std::log(sum);
 }
 
 Choice choose_token(std::span<const float> logits, const SamplingParams& params, std::span<const int32_t> seen,
                     SamplerState& sampler) {
   std::vector<double> values(logits.begin(), logits.end());
+  for (double& value : values) value = std::isnan(value) ? -kInfinity : value;  // an order needs numbers
   if (params.repetition_penalty != 1.0) penalise(values, seen, params.repetition_penalty);
-  if (params.temperature == 0.0) {
-    const int32_t token = greatest(values);
-    return {token, log_probability(logits, token)};
-  }
+  const int32_t likeliest = greatest(values);
+  const double top = values[likeliest];
+  if (params.temperature == 0.0) return {likeliest, log_probability(logits, likeliest)};
 
-  std::vector<Candidate> candidates;
-  candidates.reserve(values.size());
-  for (size_t i = 0; i < values.size(); ++i) candidates.push_back({static_cast<int32_t>(i), values[i]});
-  const double top = values[greatest(values)];
-  if (params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0) {
-    std::stable_sort(candidates.begin(), candidates.end(),
-                     [](const Candidate& a, const Candidate& b) { return a.value > b.value; });
-    keep_top_k(candidates, params.top_k);
-    to_probabilities(candidates, params.temperature, top);
-    keep_top_p(candidates, params.top_p);
-    keep_min_p(candidates, params.min_p);
-  } else {
-    to_probabilities(candidates, params.temperature, top);
-  }
+  keep_top_k(values, params.top_k);
+  to_weights(values, params.temperature, top);
+  const double total = std::accumulate(values.begin(), values.end(), 0.0);
+  std::vector<Candidate> candidates =
+      candidates_of(values, std::max(params.min_p, kImpossible));  // the likeliest has 1
+  if (params.top_p < 1.0) keep_top_p(candidates, params.top_p * total);
   const int32_t token = draw(candidates, uniform(sampler.seed, sampler.drawn++));
   return {token, log_probability(logits, token)};
 }
