@@ -144,6 +144,67 @@ def prefill_table() -> str:
     return table(head, rows) + "\n\n" + gpu_about()
 
 
+def only(kind: str, **wanted: Any) -> dict[str, Any]:
+    (row,) = (r for r in gpu_rows(kind) if all(r.get(k) == v for k, v in wanted.items()))
+    return row
+
+
+def aims() -> list[tuple[str, float, float, str]]:
+    """What, aim (negative: at most that), found, format."""
+    short = only("prefill", geometry="1b", schedule="diagonal", tokens=4096)
+    long = only("prefill", geometry="1b", schedule="diagonal", tokens=131072, segment=1024)
+    gpt2 = only("prefill", geometry="gpt2", schedule="diagonal", tokens=1048576)
+    endless, sessions = only("endless"), only("sessions", geometry="1b")
+    return [
+        ("1B, 4,096 tokens, ms", -15, short["median_s"] * 1e3, ".1f"),
+        ("1B, 131,072 tokens, times the floor", -1.05, long["over_floor"], ".2f"),
+        ("GPT-2 small, 1,048,576 tokens, s", -0.45, gpt2["median_s"], ".2f"),
+        ("GPT-2 small, 50 million tokens, s", -22, endless["seconds"], ".1f"),
+        (
+            "the same, p99 of the last calls over p50 of the first",
+            -1.5,
+            endless["last_p99_over_first_p50"],
+            ".2f",
+        ),
+        (
+            "1B, 64 sessions, of one long stream's rate",
+            0.85,
+            sessions["tokens_per_s"] * long["median_s"] / long["tokens"],
+            ".0%",
+        ),
+        (
+            "1B, one stream decoded, tokens/s",
+            1250,
+            only("decode", geometry="1b", temperature=0.0)["tokens_per_s"],
+            ",.0f",
+        ),
+        (
+            "1B, 131,072 tokens in 8 bits, times faster",
+            1.4,
+            only("fp8", geometry="1b", tokens=131072)["times_faster"],
+            ".2f",
+        ),
+    ]
+
+
+def aims_table() -> str:
+    rows = []
+    for what, aim, found, form in aims():
+        if aim < 0:
+            bound, missed = "at most", found / -aim - 1
+        else:
+            bound, missed = "at least", 1 - found / aim
+        rows.append(
+            [
+                what,
+                f"{bound} {abs(aim):{form}}",
+                f"{found:{form}}",
+                "reached" if missed <= 0 else f"missed by {missed:.0%}",
+            ]
+        )
+    return table(["", "aim", "measured", ""], rows) + "\n\n" + gpu_about()
+
+
 def fp8_table() -> str:
     rows = [
         [
@@ -184,6 +245,7 @@ def long_table() -> str:
     for r in gpu_rows("endless"):
         first, last = r["call_s"]["first"], r["call_s"]["last"]
         millions = f"{r['tokens'] / 1e6:.0f} million tokens"
+        growth = [round(r[f"{where}_mib_per_million"], 4) + 0.0 for where in ("device", "resident")]
         rows += [
             [f"{millions}, one session", f"{r['seconds']:.1f} s"],
             [
@@ -191,8 +253,8 @@ def long_table() -> str:
                 f"{first['p50'] * 1e3:.1f} / {first['p99'] * 1e3:.1f} ms",
             ],
             ["the same, last tenth", f"{last['p50'] * 1e3:.1f} / {last['p99'] * 1e3:.1f} ms"],
-            ["growth of device memory, MiB per million", f"{r['device_mib_per_million']:.3f}"],
-            ["growth of resident memory, MiB per million", f"{r['resident_mib_per_million']:.3f}"],
+            ["growth of device memory, MiB per million", f"{growth[0]:.4f}"],
+            ["growth of resident memory, MiB per million", f"{growth[1]:.4f}"],
             ["values that are not finite", str(r["nonfinite"])],
         ]
     if not rows:
@@ -233,27 +295,40 @@ def gpu_sessions_table() -> str:
 
 
 def operations_table() -> str:
-    rows = []
-    for r in gpu_rows("operations"):
-        model = MODELS[r["geometry"]] + (", 8 bits" if "fp8" in r["name"] else "")
-        total = sum(r["us"].values())
-        for kind, us in r["us"].items():
-            if us / total < 0.005:
-                continue
-            floor = ""
-            if kind == "attention":
-                floor = f"{r['attention_flop'] / 400e6 / us:.0%}"
-            rows.append([f"{model}, {kind}", f"{us / total:.1%}", f"{us / 1e3:.1f} ms", floor])
-        products = sum(us for kind, us in r["us"].items() if "product" in kind)
-        floor = f"{r['products_flop'] / r['gemm_flops'] * 1e6 / products:.0%}"
-        rows.append([f"{model}, all products", "", f"{products / 1e3:.1f} ms", floor])
-        rows.append(
-            [f"{model}, some kernel runs", f"{r['busy_us'] / r['span_us']:.1%}", "of the time", ""]
-        )
-    if not rows:
+    """A column a profile; shares are of the kernels' times added up, which overlap a little."""
+    found = gpu_rows("operations")
+    if not found:
         return table([], [])
-    head = ["", "share", "time", "of the ceiling"]
-    return table(head, rows) + "\n\n" + gpu_about()
+    names = [MODELS[r["geometry"]] + (", 8 bits" if "fp8" in r["name"] else "") for r in found]
+    totals = [sum(r["us"].values()) for r in found]
+    parts = [
+        {kind: us / total for kind, us in r["us"].items()}
+        for r, total in zip(found, totals, strict=True)
+    ]
+    kinds = sorted(
+        {kind for r in parts for kind in r}, key=lambda k: -max(r.get(k, 0) for r in parts)
+    )
+    rows = []
+    for kind in kinds:
+        if max(part.get(kind, 0) for part in parts) >= 0.005:
+            rows.append([kind, *(f"{part[kind]:.1%}" if kind in part else "" for part in parts)])
+    products = [sum(us for kind, us in r["us"].items() if "product" in kind) for r in found]
+    rows += [
+        ["all of it", *(f"{total / 1e3:.1f} ms" for total in totals)],
+        ["some kernel runs, of the time", *(f"{r['busy_us'] / r['span_us']:.1%}" for r in found)],
+        [
+            "products, of the ceiling",
+            *(
+                f"{r['products_flop'] / r['gemm_flops'] * 1e6 / us:.0%}"
+                for r, us in zip(found, products, strict=True)
+            ),
+        ],
+        [
+            "attention, of the ceiling",
+            *(f"{r['attention_flop'] / 400e6 / r['us']['attention']:.0%}" for r in found),
+        ],
+    ]
+    return table(["", *names], rows) + "\n\n" + gpu_about()
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -261,6 +336,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "sessions": sessions_table,
     "server": server_table,
     "gpu-prefill": prefill_table,
+    "gpu-aims": aims_table,
     "gpu-operations": operations_table,
     "gpu-sessions": gpu_sessions_table,
     "gpu-fp8": fp8_table,

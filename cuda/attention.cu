@@ -3,7 +3,6 @@
 
 #include "attention.cuh"
 #include "check.h"
-#include "trial.h"
 #include "workspace.h"
 
 namespace armt::cuda {
@@ -40,7 +39,6 @@ void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
     return;
   }
   args.stores = active_.stores;
-  args.early = trying("decode");
   active_.stores = false;
   const FewShares shares = few_shares(args, processors_);
   args.splits = shares.splits;

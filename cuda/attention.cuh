@@ -20,7 +20,6 @@ struct AttendArgs {
   float eps = 0.0f;
   // few rows only
   bool stores = false;  // each cell has one row, whose key and value are still to be stored
-  bool early = false;   // rotations are fetched before the wait for the kernel before; the row is stored last (trial.h)
   int splits = 1;
   float* partial = nullptr;  // [rows, q heads, splits, c + 2]
   int* counters = nullptr;   // FewShares::counters of them, zero between calls

@@ -19,14 +19,12 @@ constexpr int kChunk = 8;                  // elements that a thread handles tog
 constexpr int kLanes = 8, kKeys = 32 / 8;  // scores: lanes a key, keys a warp at once
 
 // Shared memory: tiles of keys and values [stages][2][64, kv_row] of T, whose room the last sums take over; then
-// floats: queries [heads, kv_row], scores [heads, 64], state [heads, 3] (greatest score, total, what to keep), the
-// row's rotations [half, 2].
+// floats: queries [heads, kv_row], scores [heads, 64], state [heads, 3] (greatest score, total, what to keep).
 struct FewLayout {
-  int kv_row = 0, heads = 0, half = 0, stages = 0;
+  int kv_row = 0, heads = 0, stages = 0;
   int64_t tile_bytes = 0, sums_bytes = 0;
 
-  FewLayout(const AttendArgs& args, int block_heads, int64_t element)
-      : kv_row(args.kv_row), heads(block_heads), half(args.half) {
+  FewLayout(int row, int block_heads, int64_t element) : kv_row(row), heads(block_heads) {
     constexpr int64_t kMostTiles = 64 * 1024;
     tile_bytes = 2 * kTile * kv_row * element;
     stages = 2 * tile_bytes <= kMostTiles ? 2 : 1;
@@ -38,8 +36,7 @@ struct FewLayout {
   }
   __host__ __device__ int scores() const { return heads * kv_row; }
   __host__ __device__ int state() const { return scores() + heads * kTile; }
-  __host__ __device__ int turns() const { return state() + 4 * heads; }
-  int64_t bytes() const { return floats_at() + (turns() + 2 * half) * 4; }
+  int64_t bytes() const { return floats_at() + (state() + 3 * heads) * 4; }
 };
 
 template <class T>
@@ -54,9 +51,10 @@ __device__ void load_chunk(const T* from, float (&to)[kChunk]) {
 
 // Calls out(d, value) for the elements of one head of the row, normed and rotated, zeros up to kv_row. By one warp.
 template <class T, class Out>
-__device__ void rotate_head(const AttendArgs& args, const float2* turns, const T* head, const float* weight,
+__device__ void rotate_head(const AttendArgs& args, const DevRow& row, const T* head, const float* weight,
                             const Out& out) {
   const int lane = threadIdx.x % 32, dim = args.head_dim;
+  const float2* turns = args.angles + static_cast<int64_t>(row.angle) * args.half;
   float scale = 1.0f;
   if (weight != nullptr) {
     float squares = 0.0f;
@@ -75,8 +73,8 @@ __device__ void rotate_head(const AttendArgs& args, const float2* turns, const T
   }
 }
 
-// A block's share of a row's attention. `early`: AttendArgs::early.
-template <class T, int kHeads, bool early>
+// A block's share of a row's attention.
+template <class T, int kHeads>
 class FewBlock {
  public:
   __device__ FewBlock(const AttendArgs& args, const FewLayout& layout, const DevCell& cell, const DevRow& row,
@@ -104,10 +102,6 @@ class FewBlock {
     for (int i = threadIdx.x; i < kHeads; i += kThreads) {
       state_[3 * i] = -INFINITY;
       state_[3 * i + 1] = 0.0f;
-    }
-    if constexpr (early) {
-      auto* here = reinterpret_cast<float2*>(queries_ + layout.turns());
-      for (int i = threadIdx.x; i < args.half; i += kThreads) here[i] = far_turns()[i];
     }
   }
 
@@ -144,7 +138,7 @@ class FewBlock {
     const float* weight =
         args_.q_norm != nullptr ? args_.q_norm + static_cast<int64_t>(cell_.stack) * args_.head_dim : nullptr;
     for (int g = threadIdx.x / 32; g < heads_; g += kWarps) {
-      rotate_head(args_, turns(), in + (first_head_ + g) * args_.head_dim, weight,
+      rotate_head(args_, row_, in + (first_head_ + g) * args_.head_dim, weight,
                   [&](int d, float x) { queries_[g * args_.kv_row + d] = x; });
     }
   }
@@ -156,7 +150,7 @@ class FewBlock {
     const T* key = in + (args_.q_heads + kv_head_) * dim;
     if (warp == 0) {
       const float* weight = args_.k_norm != nullptr ? args_.k_norm + static_cast<int64_t>(cell_.stack) * dim : nullptr;
-      rotate_head(args_, turns(), key, weight, [&](int d, float x) { to(false, d, from_float<T>(x)); });
+      rotate_head(args_, row_, key, weight, [&](int d, float x) { to(false, d, from_float<T>(x)); });
     } else if (warp == 1) {
       for (int d = threadIdx.x % 32; d < args_.kv_row; d += 32) {
         to(true, d, d < dim ? key[args_.kv_heads * dim + d] : from_float<T>(0.0f));
@@ -216,11 +210,6 @@ class FewBlock {
   }
 
  private:
-  __device__ const float2* far_turns() const { return args_.angles + static_cast<int64_t>(row_.angle) * args_.half; }
-  __device__ const float2* turns() const {
-    if constexpr (early) return reinterpret_cast<const float2*>(queries_ + layout_.turns());
-    return far_turns();
-  }
   __device__ int tile_of(int i) const { return i < prev_count_ ? prev_first_ + i : cur_first_ + i - prev_count_; }
   // Rows of the cache from the beginning of tile i.
   __device__ int limit_of(int i) const {
@@ -327,7 +316,7 @@ class FewBlock {
 };
 
 // grid: rows of all cells, parts of the query heads, splits
-template <class T, int kHeads, bool early>
+template <class T, int kHeads>
 __global__ void __launch_bounds__(kThreads)
     few_kernel(const __grid_constant__ AttendArgs args, const __grid_constant__ FewLayout layout) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -341,15 +330,13 @@ __global__ void __launch_bounds__(kThreads)
   const int kv_head = blockIdx.y / parts, part = blockIdx.y % parts;
   const int first_head = kv_head * group + part * kHeads, heads = min(kHeads, group - part * kHeads);
   const DevRow& row = args.batch.rows[cell.row + r];
-  FewBlock<T, kHeads, early> block(args, layout, cell, row, kv_head, first_head, heads, memory);
+  FewBlock<T, kHeads> block(args, layout, cell, row, kv_head, first_head, heads, memory);
   const int first = blockIdx.z, stages = layout.stages;
   block.start(first, 0);
   if (args.stores) wait_for_kernel_before();
   const T* in = row_of<T>(args.qkv, cell, r);
-  if constexpr (early) __syncthreads();
   block.load_queries(in);
-  const bool stores = args.stores && blockIdx.z == 0 && part == 0;
-  if (stores && !early) block.store_row(in);
+  if (args.stores && blockIdx.z == 0 && part == 0) block.store_row(in);
   const float scale = args.scale / (args.by_layer ? static_cast<float>(cell.layer + 1) : 1.0f);
   int stage = 0;
   for (int i = first; i < block.count(); i += args.splits) {
@@ -365,7 +352,6 @@ __global__ void __launch_bounds__(kThreads)
     block.add(i, stage, scale);
     if (stages == 2) stage ^= 1;
   }
-  if (stores && early) block.store_row(in);
   wait_copies<0>();
   __syncthreads();
 
@@ -412,8 +398,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int kHeads>
 void launch(const AttendArgs& args, cudaStream_t stream) {
-  const FewLayout layout(args, kHeads, sizeof(T));
-  const auto kernel = args.early ? few_kernel<T, kHeads, true> : few_kernel<T, kHeads, false>;
+  const FewLayout layout(args.kv_row, kHeads, sizeof(T));
+  const auto kernel = few_kernel<T, kHeads>;
   const auto bytes = static_cast<int>(layout.bytes());
   if (bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");

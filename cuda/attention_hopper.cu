@@ -8,17 +8,13 @@
 #include "check.h"
 #include "hopper.cuh"
 #include "overlap.cuh"
-#include "trial.h"
 
 namespace armt::cuda {
 namespace {
 
-// `apart`: a warp of its own brings the tiles; otherwise a thread of the first warpgroup does.
-template <int dim, int groups, bool apart>
+template <int dim, int groups>
 struct Shape {
-  static constexpr int kRows = groups * 64, kThreads = groups * 128, kStages = apart && dim == 64 ? 6 : 4;
-  static constexpr int kBlock = kThreads + (apart ? 128 : 0);  // a warpgroup more, for it hands over its registers
-  static constexpr int kLead = apart ? kStages : 2;            // tiles that are on their way at first
+  static constexpr int kRows = groups * 64, kThreads = groups * 128, kStages = 4;
   static constexpr int kTileElements = kTile * dim;
   static constexpr int kBytes = (kRows * dim + 2 * kStages * kTileElements) * 2 + 1024;  // begins at a multiple of 1024
   using QueryPlace = SlabPlace<kRows>;
@@ -42,12 +38,6 @@ __device__ inline void commit_products() {
 template <int pending>
 __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-
-// What `x` needs is computed here and not later: a compiler moves a wait for products ahead of arithmetic that should
-// run beside them. `x` is never negative.
-__device__ inline void settle(float x) {
-  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}\n" ::"f"(x) : "memory");
 }
 
 // d [64, 64] = a [64, 16] b (+ d if `keep`). b: 64 rows of keys, 16 of their columns (`transposed` 0), or 16 rows of
@@ -85,11 +75,12 @@ __device__ inline void multiply(float (*d)[4], const uint32_t (&a)[4], uint64_t 
 
 #endif
 
-template <class T, int dim, int groups, bool apart>
-__global__ void __launch_bounds__(Shape<dim, groups, apart>::kBlock, 1)
+template <class T, int dim, int groups>
+__global__ void __launch_bounds__(Shape<dim, groups>::kThreads, 1)
     hopper_kernel(const __grid_constant__ AttendArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = Shape<dim, groups, apart>;
+  using S = Shape<dim, groups>;
+  constexpr int kLead = 2;  // tiles that are on their way at first
   let_next_kernel_start();
   wait_for_kernel_before();
   const DevCell& cell = args.batch.cells[blockIdx.z];
@@ -127,7 +118,7 @@ __global__ void __launch_bounds__(Shape<dim, groups, apart>::kBlock, 1)
     }
   };
   if (threadIdx.x == 0) {
-    for (int i = 0; i < min(S::kLead, walk.count); ++i) start(i);
+    for (int i = 0; i < min(kLead, walk.count); ++i) start(i);
   }
   load_queries<T, typename S::QueryPlace, S::kRows, dim>(args, cell, first, head, queries);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -155,15 +146,6 @@ __global__ void __launch_bounds__(Shape<dim, groups, apart>::kBlock, 1)
     wait_for(released[index % S::kStages], (index / S::kStages & 1) ^ 1);
     start(index);
   };
-  if constexpr (apart) {
-    if (warp >= groups * 4) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-      for (int next = S::kLead; threadIdx.x == S::kThreads && next < walk.count; ++next) start_when_free(next);
-      return;
-    }
-    static_assert(groups == 3);
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-  }
   uint32_t held[dim / 16][4];
 #pragma unroll
   for (int k = 0; k < dim / 16; ++k) {
@@ -180,11 +162,9 @@ __global__ void __launch_bounds__(Shape<dim, groups, apart>::kBlock, 1)
 
   // Warpgroups walk over different tiles, so no barrier of the whole block may stand here.
   const auto await = [&](int index) {
-    if constexpr (!apart) {
-      // This warp released the tile two before, whose place the one to come takes, on its way here.
-      if (threadIdx.x == 0 && index + S::kLead < walk.count) start_when_free(index + S::kLead);
-      __syncwarp();
-    }
+    // This warp released the tile two before, whose place the one to come takes, on its way here.
+    if (threadIdx.x == 0 && index + kLead < walk.count) start_when_free(index + kLead);
+    __syncwarp();
     wait_for(arrived[index % S::kStages], index / S::kStages & 1);
   };
   const auto release = [&](int index) {
@@ -242,7 +222,6 @@ __global__ void __launch_bounds__(Shape<dim, groups, apart>::kBlock, 1)
       Softmax<dim>::mask(scores, cell, walk, tile, sights);
     }
     softmax.weigh(scores, scale, keep);
-    if constexpr (apart) settle(softmax.total[0] + softmax.total[1]);
   };
   const auto pack = [&] {
 #pragma unroll
@@ -283,25 +262,23 @@ __global__ void __launch_bounds__(Shape<dim, groups, apart>::kBlock, 1)
 #endif
 }
 
-template <class T, int dim, int groups, bool apart>
+template <class T, int dim, int groups>
 bool launch(const AttendArgs& args, cudaStream_t stream) {
-  using S = Shape<dim, groups, apart>;
-  const auto kernel = hopper_kernel<T, dim, groups, apart>;
+  using S = Shape<dim, groups>;
+  const auto kernel = hopper_kernel<T, dim, groups>;
   static const bool runs = has_hopper_code(reinterpret_cast<const void*>(kernel));
   if (!runs) return false;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes), "cudaFuncSetAttribute");
   const dim3 grid(static_cast<unsigned>(ceil_div(args.batch.max_cell_rows, S::kRows)), args.q_heads,
                   args.batch.cell_count);
-  launch_overlapped(kernel, grid, dim3(S::kBlock), S::kBytes, stream, args);
+  launch_overlapped(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args);
   return true;
 }
 
 template <class T>
 bool launch_type(const AttendArgs& args, cudaStream_t stream) {
-  if (args.head_dim == 64) {
-    return trying("attention") ? launch<T, 64, 3, true>(args, stream) : launch<T, 64, 3, false>(args, stream);
-  }
-  if (args.head_dim == 128) return launch<T, 128, 2, false>(args, stream);
+  if (args.head_dim == 64) return launch<T, 64, 3>(args, stream);
+  if (args.head_dim == 128) return launch<T, 128, 2>(args, stream);
   return false;
 }
 

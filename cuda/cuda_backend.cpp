@@ -77,10 +77,10 @@ CudaBackend::~CudaBackend() {
   cudaDeviceSynchronize();
   forget_replays();
   if (pinned_ != nullptr) cudaFreeHost(pinned_);
-  for (cudaEvent_t event : {forked_, joined_, entered_, halved_}) {
+  for (cudaEvent_t event : {forked_, joined_, entered_}) {
     if (event != nullptr) cudaEventDestroy(event);
   }
-  for (cudaStream_t stream : {main_.stream, side_.stream, half_.stream}) {
+  for (cudaStream_t stream : {main_.stream, side_.stream}) {
     if (stream != nullptr) cudaStreamDestroy(stream);
   }
   cudaSetDevice(before);

@@ -142,12 +142,9 @@ class CudaBackend : public Backend {
   void build_table(Table& table, Groups groups, std::span<const int64_t> scratch_rows, const DevRow* rows,
                    cudaStream_t stream);
   Part part_of(Groups groups);
-  // Whether a step of so many layers runs as two halves (trial.h); makes what they need.
-  bool runs_in_halves(CudaWorkspace& workspace, size_t layers);
   // The side's stream once the step before the last is done, so that a step is prepared beside the one before it.
   cudaStream_t entry_stream();
   void finish_entry(CudaWorkspace& workspace);
-  void fill_scratch(CudaScratch& scratch, int64_t rows);
   CudaWorkspace& workspace_of(const Rows& residual) const;
 
   // One product per maximal run of groups with equal row counts and constant strides.
@@ -201,8 +198,6 @@ class CudaBackend : public Backend {
   Resting resting_;
   std::unique_ptr<Lt> lt_;
   Lane main_, side_;
-  Lane half_;                                        // the other half of a step (trial.h), from its first use
-  cudaEvent_t halved_ = nullptr;                     // it is done
   cudaEvent_t forked_ = nullptr, joined_ = nullptr;  // the last step began; its side is done
   cudaEvent_t entered_ = nullptr;                    // what the next step needs is there
   Staging staging_;

@@ -21,27 +21,12 @@ __device__ void load_rows(const FewProduct& args, const float* weight, const flo
     const T* in = static_cast<const T*>(args.in) + min(r, static_cast<int>(args.rows) - 1) * args.ld_in;
     T* to = x + r * depth;
     float sum = 0.0f;
-    const auto take = [&](int i, const Pack<T>& pack) {
+    for (int i = threadIdx.x * kPack; i < depth; i += threads * kPack) {
+      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(in + i);
       *reinterpret_cast<Pack<T>*>(to + i) = pack;
-      if (args.norm_weight == nullptr) return;
+      if (args.norm_weight == nullptr) continue;
 #pragma unroll
       for (int k = 0; k < kPack; ++k) sum += to_float(pack.v[k]) * (args.rms ? to_float(pack.v[k]) : 1.0f);
-    };
-    constexpr int kTurn = threads * kPack;
-    if (rows == 1 && args.together) {
-      for (int begin = threadIdx.x * kPack; begin < depth; begin += 4 * kTurn) {
-        Pack<T> packs[4];
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          if (begin + p * kTurn < depth) packs[p] = *reinterpret_cast<const Pack<T>*>(in + begin + p * kTurn);
-        }
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          if (begin + p * kTurn < depth) take(begin + p * kTurn, packs[p]);
-        }
-      }
-    } else {
-      for (int i = threadIdx.x * kPack; i < depth; i += kTurn) take(i, *reinterpret_cast<const Pack<T>*>(in + i));
     }
     if (args.norm_weight == nullptr) continue;
     sum = block_sum(sum, partial) / static_cast<float>(depth);

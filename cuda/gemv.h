@@ -25,10 +25,6 @@ struct FewProduct {
   bool add = false, gated = false, activate = false;
   bool float_out = false;  // out is float32; not with `gated`
   ActivationKind kind = ActivationKind::silu;
-  // Trials (trial.h): one input row is fetched in one go; weights of a later product go to the second level cache.
-  bool together = false;
-  const void* ahead = nullptr;
-  int64_t ahead_bytes = 0;
 };
 
 // 16-bit types; false where the sizes do not fit.

@@ -97,19 +97,6 @@ class Ring {
 
 #endif
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// This block's share of the weights ahead. By one thread.
-__device__ inline void prefetch_ahead(const FewProduct& args) {
-  constexpr int64_t kPiece = 16 * 1024;
-  const char* from = static_cast<const char*>(args.ahead);
-  for (int64_t at = blockIdx.x * kPiece; at < args.ahead_bytes; at += gridDim.x * kPiece) {
-    prefetch_bulk(from + at, static_cast<int>(min(kPiece, args.ahead_bytes - at)));
-  }
-}
-
-#endif
-
 template <class T, class Out, int rows, bool gated>
 __global__ void __launch_bounds__(kThreads, 2)
     stream_kernel(const __grid_constant__ FewProduct args, const __grid_constant__ StreamShape shape) {
@@ -127,7 +114,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int count = static_cast<int>(max(int64_t{0}, min(int64_t{shape.columns}, args.cols - first)));
   Ring<T> ring(rings + warp * ring_elements, arrived[warp], args, shape, first, count, kSides);
   if (lane == 0) ring.fill();
-  if (threadIdx.x == 0) prefetch_ahead(args);
   let_next_kernel_start();
   if (args.norm_weight != nullptr) {
     for (int i = threadIdx.x; i < depth; i += kThreads) {

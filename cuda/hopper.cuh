@@ -48,11 +48,6 @@ __device__ inline void copy_bulk(void* shared, const void* global, int bytes, ui
                : "memory");
 }
 
-// Brings `bytes` (a multiple of 16) to the second level cache.
-__device__ inline void prefetch_bulk(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 #endif
 
 }  // namespace armt::cuda

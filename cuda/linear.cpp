@@ -7,7 +7,6 @@
 #include "gemv.h"
 #include "kernels.h"
 #include "slots.h"
-#include "trial.h"
 #include "workspace.h"
 
 namespace armt::cuda {
@@ -164,15 +163,6 @@ bool CudaBackend::few_linear(Matrix which, const DevGroup& group, const Rows& in
     product.norm_bias = vector(norm_bias(active_.norm));
     product.norm_eps = static_cast<float>(config_.decoder.norm_eps);
     product.rms = config_.decoder.norm == NormKind::rms;
-  }
-  if (trying("decode")) {
-    product.together = true;
-    if (which == Matrix::attn_out && !config_.decoder.parallel_residual) {  // attention leaves the memory idle
-      constexpr int64_t kAhead = int64_t{24} << 20;
-      const int64_t up = matrix_rows(Matrix::mlp_up) * config_.decoder.d_model * element();
-      product.ahead = matrices_[static_cast<size_t>(Matrix::mlp_up)].data() + group.stack * up;
-      product.ahead_bytes = std::min(up, kAhead) / 16 * 16;
-    }
   }
   if (!few_fits(product)) return false;
   launch_few_product(dtype_, product, processors_, stream());

@@ -1,11 +1,9 @@
 // The buffers of a running call, and run() itself.
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "armt/error.h"
 #include "check.h"
-#include "trial.h"
 #include "workspace.h"
 
 namespace armt::cuda {
@@ -34,15 +32,6 @@ CudaWorkspace::~CudaWorkspace() {
   backend.workspaces_.erase(residual.data);
 }
 
-void CudaBackend::fill_scratch(CudaScratch& scratch, int64_t rows) {
-  const DecoderConfig& decoder = config_.decoder;
-  scratch.hidden = make_rows(arena_, scratch.rows.hidden, decoder.d_model, rows, element());
-  scratch.qkv = make_rows(arena_, scratch.rows.qkv, config_.qkv_width(), rows, element());
-  scratch.context = make_rows(arena_, scratch.rows.context, config_.query_width(), rows, element());
-  scratch.ff = make_rows(arena_, scratch.rows.ff, decoder.d_ff, rows, element());
-  if (decoder.gated_mlp) scratch.gated = DeviceBuffer(arena_, rows * 2 * decoder.d_ff * element());
-}
-
 std::unique_ptr<Workspace> CudaBackend::make_workspace(int64_t slots, int64_t slot_rows) {
   const Entry entry(*this);
   auto made = std::make_unique<CudaWorkspace>(*this);
@@ -60,8 +49,15 @@ std::unique_ptr<Workspace> CudaBackend::make_workspace(int64_t slots, int64_t sl
   ws.last_meta = DeviceBuffer(arena_, ws.slot_rows * static_cast<int64_t>(sizeof(DevRow)));
   ws.angles = DeviceBuffer(arena_, std::max<int64_t>(1, ring * decoder.rotary_dims) * 4);
   ws.gathered = DeviceBuffer(arena_, ws.slot_rows * 8);
-  fill_scratch(ws.main, slots * ws.slot_rows);
-  if (slots > 1) fill_scratch(ws.side, ws.slot_rows);
+  const auto fill = [&](CudaScratch& scratch, int64_t rows) {
+    scratch.hidden = make_rows(arena_, scratch.rows.hidden, width, rows, element());
+    scratch.qkv = make_rows(arena_, scratch.rows.qkv, config_.qkv_width(), rows, element());
+    scratch.context = make_rows(arena_, scratch.rows.context, config_.query_width(), rows, element());
+    scratch.ff = make_rows(arena_, scratch.rows.ff, decoder.d_ff, rows, element());
+    if (decoder.gated_mlp) scratch.gated = DeviceBuffer(arena_, rows * 2 * decoder.d_ff * element());
+  };
+  fill(ws.main, slots * ws.slot_rows);
+  if (slots > 1) fill(ws.side, ws.slot_rows);
   workspaces_[ws.residual.data] = &ws;
   return made;
 }
@@ -264,26 +260,6 @@ CudaBackend::Part CudaBackend::part_of(Groups groups) {
   return part;
 }
 
-bool CudaBackend::runs_in_halves(CudaWorkspace& ws, size_t layers) {
-  if (!trying("halves") || layers < 2 || ws.whole) return false;
-  if (halved_ == nullptr) check(cudaEventCreateWithFlags(&halved_, cudaEventDisableTiming), "cudaEventCreate");
-  if (half_.stream == nullptr) {
-    check(cudaStreamCreateWithFlags(&half_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  }
-  try {
-    grow(arena_, half_.product_memory, side_.product_memory.bytes());
-    if (ws.half.hidden.data() == nullptr) {
-      CudaScratch made;
-      fill_scratch(made, ws.chains * ws.slot_rows);
-      ws.half = std::move(made);
-    }
-  } catch (const OutOfMemory&) {  // slower, but it runs
-    ws.whole = true;
-    return false;
-  }
-  return true;
-}
-
 void CudaBackend::run(Workspace& workspace, Groups groups, const std::function<void(Groups, const Scratch&)>& body) {
   const Entry entry(*this);
   auto& ws = static_cast<CudaWorkspace&>(workspace);
@@ -291,9 +267,8 @@ void CudaBackend::run(Workspace& workspace, Groups groups, const std::function<v
     CudaBackend& backend;
     bool joined = true;
     ~Reset() {
-      // After a fault: memory that other streams use must not be handed out before they are done.
+      // After a fault: memory that the side stream uses must not be handed out before it is done.
       if (!joined) cudaStreamSynchronize(backend.side_.stream);
-      if (!joined && backend.half_.stream != nullptr) cudaStreamSynchronize(backend.half_.stream);
       backend.active_ = {};
       backend.last_table_.groups = {};
     }
@@ -316,8 +291,6 @@ void CudaBackend::run(Workspace& workspace, Groups groups, const std::function<v
   ws.busy.clear();
   for (const Group& group : groups) ws.busy.push_back(group.row_begin);
 
-  // Before the streams part: what it takes may still be at work on the main one.
-  const bool in_halves = runs_in_halves(ws, together.size());
   active_ = {.workspace = &ws, .scratch = &ws.main, .lane = &main_, .whole = &table};
   check(cudaEventRecord(forked_, main_.stream), "cudaEventRecord");
   if (apart) {
@@ -330,22 +303,7 @@ void CudaBackend::run(Workspace& workspace, Groups groups, const std::function<v
     active_.lane = &main_;
     active_.scratch = &ws.main;
   }
-  if (in_halves) {
-    // One half's small kernels run beside the other's products.
-    reset.joined = false;
-    const Groups upper = together.last(together.size() / 2);
-    check(cudaStreamWaitEvent(half_.stream, forked_), "cudaStreamWaitEvent");
-    active_.lane = &half_;
-    active_.scratch = &ws.half;
-    body(upper, ws.half.rows);
-    check(cudaEventRecord(halved_, half_.stream), "cudaEventRecord");
-    active_.lane = &main_;
-    active_.scratch = &ws.main;
-    body(together.first(together.size() - upper.size()), ws.main.rows);
-    check(cudaStreamWaitEvent(main_.stream, halved_), "cudaStreamWaitEvent");
-  } else {
-    body(together, ws.main.rows);
-  }
+  body(together, ws.main.rows);
   if (apart) check(cudaStreamWaitEvent(main_.stream, joined_), "cudaStreamWaitEvent");
   reset.joined = true;
 }

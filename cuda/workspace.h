@@ -38,8 +38,7 @@ struct CudaWorkspace : Workspace {
   DeviceBuffer last_meta;  // DevRow [slot_rows]
   DeviceBuffer angles;     // float2 [slots * slot_rows, rotary_dims / 2]: cosine, sine
   DeviceBuffer gathered;   // int64 [slot_rows]
-  CudaScratch main, side, half;
-  bool whole = false;  // no room for `half`
+  CudaScratch main, side;
 };
 
 // Held by each entry point: one thread enqueues at a time, on the engine's device.

@@ -3,7 +3,7 @@
 # where a tool did not come to its end.
 #   bash tests/compute_sanitizer.sh [FOLDER]
 # SANITIZER_SECONDS: the most that each run takes; SANITIZER_JOBS: how many run beside each other;
-# SANITIZER_MODELS: numbers of the models of tests/cuda_small.py, all by default. ARMT_TRY (cuda/trial.h) is passed on.
+# SANITIZER_MODELS: numbers of the models of tests/cuda_small.py, all by default.
 #
 # memcheck   wrong accesses, in the engine as it is used.
 # synccheck  misused barriers in this package's kernels, as they are used; those of libraries would take most of its time.
@@ -22,7 +22,7 @@ out=${1:-.}
 mkdir -p "$out"
 command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer: not found; it comes with the CUDA toolkit" >&2; exit 2; }
 version=$(compute-sanitizer --version | grep -oE "[0-9]{4}\.[0-9]+" | head -1)
-echo "compute-sanitizer $version${ARMT_TRY:+, ARMT_TRY=$ARMT_TRY}"
+echo "compute-sanitizer $version"
 models=${SANITIZER_MODELS:-$(seq 0 $(($(python3 tests/cuda_small.py --count) - 1)))} || exit 2
 shared=(few_kernel flash_kernel hopper_kernel norm_kernel few_product_kernel stream_kernel simple_kernel greatest_kernel
   read_features read_exact read_mma write_features write_update write_delta write_matrix write_rest gated_kernel
