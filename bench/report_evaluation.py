@@ -1,0 +1,84 @@
+"""Tables of docs/results.md and of the model cards, from bench/results/evaluation/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tables import load, table
+
+
+def right(row: dict[str, Any]) -> list[str]:
+    low, high = row["interval"]
+    return [
+        f"{row['right']:,} of {row['samples']:,}",
+        f"{row['accuracy']:.1%}",
+        f"{low * 100:.1f} .. {high:.1%}",
+    ]
+
+
+def about(found: dict[str, Any]) -> str:
+    """Where and on what it was measured."""
+    on = found["environment"]
+    note = f" {found['note']}" if "note" in found else ""
+    return (
+        f"Weights {found['fingerprint']}; {found['implementation']}, {found['dtype']}, on "
+        f"{on['cpu']}, {on['usable_cores']} cores; commit {on['commit'][:7]}.{note}"
+    )
+
+
+def babilong_table() -> str:
+    found = load("evaluation/babilong")
+    rows = [
+        [row["task"].upper(), f"{row['length']:,}", *right(row)]
+        for row in sorted(found["results"], key=lambda row: (row["task"], row["length"]))
+    ]
+    head = ["task", "tokens", "right", "accuracy", "95% interval"]
+    return table(head, rows) + "\n\n" + about(found)
+
+
+def told(row: dict[str, Any]) -> str:
+    pairs = f"{row['pairs']:,} pairs" if row["kind"] == "remember" else ""
+    updates = pairs or f"{row['pairs']:,} updates of {row['keys']} keys"
+    filler = f", then {row['filler']:,} segments of filler" if row["filler"] else ""
+    return updates + filler
+
+
+def retrieval_table() -> str:
+    found = load("evaluation/retrieval")
+    rows = sorted(
+        found["results"],
+        key=lambda row: (row["filler"], row["kind"], row.get("keys", 0), row["pairs"]),
+    )
+    head = ["read", "right", "accuracy", "95% interval"]
+    return table(head, [[told(row), *right(row)] for row in rows]) + "\n\n" + about(found)
+
+
+def comparison_table() -> str:
+    systems = [load(f"evaluation/qa1-{system}") for system in ("armt", "rmt")]
+    pairs = zip(*[one["results"] for one in systems], strict=True)
+    rows = [[f"{one['length']:,}", right(one)[0], right(other)[0]] for one, other in pairs]
+    return table(["tokens", "ARMT", "RMT"], rows)
+
+
+def training_table() -> str:
+    found = load("training")
+    rows = []
+    for name, one in found.items():
+        said = ", ".join(
+            f"{kind.replace("qa", "QA")} {share:.1%}"
+            for kind, share in one["last"]["right"].items()
+            if kind not in ("end", "who")
+        )
+        steps, million = f"{one['steps']:,}", f"{one['tokens'] / 1e6:,.0f} M"
+        rows.append([name, steps, million, f"{one['seconds']:,.0f} s", said])
+    head = ["training", "steps", "tokens", "time", "questions answered at its end"]
+    return table(head, rows) + "\n\n" + f"On {next(iter(found.values()))['machine']}."
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "babilong": babilong_table,
+    "retrieval": retrieval_table,
+    "comparison": comparison_table,
+    "training": training_table,
+}
