@@ -66,7 +66,7 @@ def training_table() -> str:
     rows = []
     for name, one in found.items():
         said = ", ".join(
-            f"{kind.replace("qa", "QA")} {share:.1%}"
+            f"{kind.replace('qa', 'QA')} {share:.1%}"
             for kind, share in one["last"]["right"].items()
             if kind not in ("end", "who")
         )
