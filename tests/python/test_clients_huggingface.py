@@ -111,7 +111,7 @@ def test_what_would_change_the_answer_is_refused(
 def test_config(model: ArmtForCausalLM) -> None:
     assert model.device == "cpu" and model.config.vocab_size == 4096
     assert model.config.eos_token_id == 0 and model.generation_config.pad_token_id == 2
-    assert model.config.num_hidden_layers == 8 and model.config.segment_size == 512
+    assert model.config.num_hidden_layers == 8 and model.config.segment_size == 256
     assert model.name_or_path == "demo" and model.to("cuda") is model
 
 
