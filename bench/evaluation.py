@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import environment
+from tables import RESULTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CELL = ("task", "kind", "length", "pairs", "keys", "filler", "questions")
 ABOUT = (
     "evaluation",

@@ -25,7 +25,6 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +37,7 @@ import numpy as np
 import gpu_long
 from armt import _core
 from gpu_models import GEOMETRIES, Geometry, feed, make_engine, random_ids
+from harness import git_commit
 
 ATTENTION_RATE = 400e12
 PARTS = ["prefill", "segments", "fp8", "decode", "sessions", "rival", "drift", "endless", "spill"]
@@ -208,16 +208,6 @@ def profile(body: Callable[[], Any]) -> tuple[list[dict[str, Any]], dict[str, fl
         if e.self_device_time_total > 0
     ]
     return sorted(rows, key=lambda row: -row["us"]), busy(found.events())
-
-
-def git_commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def show(title: str, row: dict[str, Any]) -> None:

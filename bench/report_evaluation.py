@@ -58,7 +58,8 @@ def comparison_table() -> str:
     systems = [load(f"evaluation/qa1-{system}") for system in ("armt", "rmt")]
     pairs = zip(*[one["results"] for one in systems], strict=True)
     rows = [[f"{one['length']:,}", right(one)[0], right(other)[0]] for one, other in pairs]
-    return table(["tokens", "ARMT", "RMT"], rows)
+    notes = [f"{one['model']}: {about(one)}" for one in systems]
+    return table(["tokens", "ARMT", "RMT"], rows) + "\n\n" + "\n".join(notes)
 
 
 def training_table() -> str:

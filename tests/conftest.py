@@ -93,32 +93,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 CaseReport: TypeAlias = Callable[[str, str, Mapping[str, float]], None]
 
 
-@pytest.fixture(scope="session")
-def trained(pytestconfig: pytest.Config) -> Callable[[str], Path]:
-    """The folder of a trained checkpoint by name; the test is skipped where there is none."""
-    asked: Path | None = pytestconfig.getoption("--checkpoints")
-    directory = DEFAULT_CHECKPOINTS if asked is None else asked.resolve()
+def finder(config: pytest.Config, option: str, default: Path, what: str) -> Callable[[str], Path]:
+    """Finds folders by name where ``option`` says; the test is skipped where there is none."""
+    asked: Path | None = config.getoption(option)
+    directory = default if asked is None else asked.resolve()
 
     def find(name: str) -> Path:
         if not (directory / name).is_dir():
-            pytest.skip(f"no trained checkpoint {directory / name} (use --checkpoints)")
+            pytest.skip(f"no {what} {directory / name} (use {option})")
         return directory / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def trained(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """The folder of a trained checkpoint by name; the test is skipped where there is none."""
+    return finder(pytestconfig, "--checkpoints", DEFAULT_CHECKPOINTS, "trained checkpoint")
 
 
 @pytest.fixture(scope="session")
 def shared(pytestconfig: pytest.Config) -> Callable[[str], Path]:
     """A folder of published data by name; the test is skipped where there is none."""
-    asked: Path | None = pytestconfig.getoption("--data")
-    directory = DEFAULT_DATA if asked is None else asked.resolve()
-
-    def find(name: str) -> Path:
-        if not (directory / name).is_dir():
-            pytest.skip(f"no data {directory / name} (use --data)")
-        return directory / name
-
-    return find
+    return finder(pytestconfig, "--data", DEFAULT_DATA, "data")
 
 
 @pytest.fixture

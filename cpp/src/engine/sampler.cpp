@@ -87,11 +87,8 @@ void keep_top_k(std::vector<double>& logits, int64_t k) {
 
 // exp((logit - greatest) / temperature), 1 for the greatest even if it is infinite.
 void to_weights(std::vector<double>& logits, double temperature, double greatest_logit) {
-  std::vector<double> weights(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i)
-    weights[i] = logits[i] == greatest_logit ? 0.0 : (logits[i] - greatest_logit) / temperature;
-  exponentials(weights);
-  logits.swap(weights);
+  for (double& logit : logits) logit = logit == greatest_logit ? 0.0 : (logit - greatest_logit) / temperature;
+  exponentials(logits);
 }
 
 // The fewest of the likeliest whose weights reach `least`, the likeliest first. Few of many are wanted as a rule, so no
@@ -154,22 +151,22 @@ double uniform(uint64_t seed, uint64_t index) {
 
 double log_probability(std::span<const float> logits, int32_t token) {
   const double greatest = *std::max_element(logits.begin(), logits.end());
-  std::vector<double> weights(logits.begin(), logits.end());
-  for (double& weight : weights) weight -= greatest;
-  exponentials(weights);
-  const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+  double sum = 0;
+  for (const float value : logits) sum += std::exp(static_cast<double>(value) - greatest);
   return static_cast<double>(logits[token]) - greatest - std::log(sum);
 }
 
 Choice choose_token(std::span<const float> logits, const SamplingParams& params, std::span<const int32_t> seen,
                     SamplerState& sampler) {
   std::vector<double> values(logits.begin(), logits.end());
-  for (double& value : values) value = std::isnan(value) ? -kInfinity : value;  // an order needs numbers
   if (params.repetition_penalty != 1.0) penalise(values, seen, params.repetition_penalty);
-  const int32_t likeliest = greatest(values);
-  const double top = values[likeliest];
-  if (params.temperature == 0.0) return {likeliest, log_probability(logits, likeliest)};
+  if (params.temperature == 0.0) {
+    const int32_t token = greatest(values);
+    return {token, log_probability(logits, token)};
+  }
 
+  for (double& value : values) value = std::isnan(value) ? -kInfinity : value;  // an order needs numbers
+  const double top = values[greatest(values)];
   keep_top_k(values, params.top_k);
   to_weights(values, params.temperature, top);
   const double total = std::accumulate(values.begin(), values.end(), 0.0);
