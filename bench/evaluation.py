@@ -1,11 +1,11 @@
 """What trained models answer, and how they were trained: from folders into bench/results/.
 
-    python bench/evaluation.py answers NAME FOLDER [FOLDER...] [--note TEXT]
+    python bench/evaluation.py answers NAME FOLDER... [--machine TEXT --commit ID] [--note TEXT]
     python bench/evaluation.py training NAME FOLDER --machine TEXT --commit ID [--note TEXT]
 
 FOLDER is what ``armt eval --out`` wrote, or ``armt train``. Answers go to evaluation/NAME.json with
-the machine they were measured on (this one); a cell that is in several folders is taken from the
-last one. Trainings go to training.json under NAME, with their curves.
+the machine they were measured on (this one, where nothing else is said); a cell that is in several
+folders is taken from the last one. Trainings go to training.json under NAME, with their curves.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEPT = (*CELL, "right", "samples", "accuracy", "interval", "tokens", "seconds", 
 POINTS = 40
 
 
-def answers(name: str, folders: list[Path], note: str) -> None:
+def answers(name: str, folders: list[Path], where: dict[str, str], note: str) -> None:
     found = [json.loads((folder / "results.json").read_text()) for folder in folders]
     heads = [{key: one[key] for key in ABOUT if key in one} for one in found]
     if any(head["fingerprint"] != heads[0]["fingerprint"] for head in heads):
@@ -46,7 +46,7 @@ def answers(name: str, folders: list[Path], note: str) -> None:
             cell = tuple(row.get(key) for key in CELL)
             cells[cell] = {key: row[key] for key in KEPT if row.get(key) is not None}
     rows = sorted(cells.items(), key=lambda item: tuple(str(v).rjust(12) for v in item[0]))
-    about = heads[0] | {"model": name, "environment": environment()}
+    about = heads[0] | {"model": name, "environment": where or environment()}
     if note:
         about["note"] = note
     target = RESULTS / "evaluation" / f"{name}.json"
@@ -90,13 +90,16 @@ def main() -> None:
     other = jobs.add_parser("training")
     other.add_argument("name")
     other.add_argument("folder", type=Path)
-    other.add_argument("--machine", required=True)
-    other.add_argument("--commit", required=True)
-    for job in (one, other):
+    for job, needed in ((one, False), (other, True)):
+        job.add_argument("--machine", required=needed)
+        job.add_argument("--commit", required=needed)
         job.add_argument("--note", default="")
     given = parser.parse_args()
     if given.job == "answers":
-        answers(given.name, given.folders, given.note)
+        if bool(given.machine) != bool(given.commit):
+            parser.error("--machine and --commit: expected both, or none")
+        where = {"machine": given.machine, "commit": given.commit} if given.machine else {}
+        answers(given.name, given.folders, where, given.note)
     else:
         training(given.name, given.folder, given.machine, given.commit, given.note)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from armt.tasks.retrieval import Layout
 torch = pytest.importorskip("torch", reason='needs the extra "torch"')
 
 from armt.models import resolve  # noqa: E402
-from armt.training.babilong import LONGEST, StoryRow, StorySettings, Text  # noqa: E402
+from armt.training.babilong import (  # noqa: E402
+    LONGEST,
+    STRANGERS,
+    StoryRow,
+    StorySettings,
+    Text,
+)
 from armt.training.feed import Feed  # noqa: E402
 from armt.training.pairs import PairRow, PairSettings, PairText  # noqa: E402
 from armt.training.recipe import parse_recipe, read_recipe  # noqa: E402
@@ -188,6 +195,22 @@ def test_windows_of_nothing_but_facts_are_asked_about(text: Text) -> None:
     before = np.concatenate([window.seen < 10 for window in windows])
     assert asked.mean() > 0.95
     assert (asked & before).mean() > 0.2
+
+
+def test_decoys_look_like_facts_and_change_no_answer(text: Text) -> None:
+    settings = StorySettings(worlds={"qa1": 1.0}, quiet=1.0, decoys=0.5, fresh=(0.0,))
+    rows = story_rows(text, settings, range(4))
+    read = ""
+    for _ in range(6):
+        window = rows.next()
+        assert window.quiet.all()  # nothing worth remembering
+        assert (window.answers < 0).all()  # nobody was anywhere
+        read += _tokenizer().decode(window.tokens.ravel().tolist())
+    names = [name for name in (*stories.PEOPLE, *stories.PLACES) if f" {name}" in read]
+    strangers = [who for who in STRANGERS if f" {who} " in read]
+    assert len(names) > 6 and len(strangers) > 6
+    for person in stories.PEOPLE:
+        assert not re.search(rf"{person} (went|moved|travelled|journeyed) (back )?to the", read)
 
 
 def test_the_answers_ends_are_asked_for_too(text: Text) -> None:

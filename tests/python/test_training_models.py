@@ -123,9 +123,9 @@ def test_questions_see_what_stands_before_them_and_leave_no_trace(kind: str) -> 
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, 50, (2, 26)))
     asked = torch.from_numpy(rng.integers(0, 50, (2, 4, 3)))
-    seen = torch.tensor([[0, 5, 10, 3], [0, 1, 2, 10]]) if kind != "mamba" else torch.zeros(2, 4)
+    seen = torch.tensor([[0, 5, 10, 3], [0, 1, 2, 10]])
     last = torch.tensor([[2, 1, 2, 0], [2, 2, 2, 1]])
-    asks = Asks(asked, seen.long(), last)
+    asks = Asks(asked, seen, last)
     with torch.no_grad():
         _, _, state, _ = model.segment(ids[:, :13], model.empty(2))
         plain, _, after, _ = model.segment(ids[:, 13:], state)

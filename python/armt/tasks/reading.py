@@ -55,7 +55,7 @@ class EngineReader:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._sessions: list[Session] = []
-        self.tokens_a_call = (1 << 19) if engine.device.startswith("cuda") else (1 << 16)
+        self.tokens_a_call = (1 << 21) if engine.device.startswith("cuda") else (1 << 16)
         """Enough to fill the device, few enough for a bar to move."""
 
     @property

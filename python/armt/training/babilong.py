@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,12 @@ ENDS = 0.05
 KEPT = ("eos_token_id", "pad_token_id", "text")
 """What config.json says about texts."""
 NAMES = tuple(dict.fromkeys((*PEOPLE, *GIVERS, *OBJECTS, *PLACES)))
+FOLK = re.compile("|".join((*PEOPLE, *GIVERS)))
+STRANGERS = (
+    *("He", "She", "They", "I", "We", "Nobody", "Tom", "Elizabeth", "The captain", "The old man"),
+    *("His wife", "My uncle", "Her mother", "Two of them", "A gentleman", "The doctor"),
+)
+"""Whose deeds are nobody's business."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class StorySettings:
     """Chance that a stretch without facts begins, and its longest length in windows."""
     inside: float = 0.75
     """Share of questions that stand somewhere in a segment; the others stand at its beginning."""
+    decoys: float = 0.0
+    """Share of the book's sentences that look like a fact and are none."""
 
     def __post_init__(self) -> None:
         unknown = set(self.worlds) - set(SHARES)
@@ -156,8 +165,7 @@ class StoryRow:
                 piece = self._text.fact(self._tale.tell())
                 self._mark(window, row, done, done + len(piece), length)
             else:
-                piece = self._text.sentence(self._sentence)
-                self._sentence += 1
+                piece = self._noise()
             pieces.append(piece)
             done += len(piece)
             self._ask(window, row, places, done, behind=fact)
@@ -165,6 +173,21 @@ class StoryRow:
         flat = np.fromiter((i for piece in pieces for i in piece), np.int32, done)
         window.tokens[row] = flat[:size].reshape(segments, length)
         self._left = flat[size:].tolist()
+
+    def _noise(self) -> list[int]:
+        """The book's next sentence; instead of some, what a stranger does, or one with a name from
+        the stories in it: a book of many millions of words holds such things too."""
+        rng = self._rng
+        decoy = self._settings.decoys > 0 and rng.random() < self._settings.decoys
+        if decoy and rng.random() < 0.5:
+            tale = new_tale(rng.choice(("qa1", "qa3", "qa5")), rng)
+            told = [tale.tell() for _ in range(rng.randint(1, 8))][-1]
+            return self._text.fact(FOLK.sub(lambda _: rng.choice(STRANGERS), told))
+        piece = self._text.sentence(self._sentence)
+        self._sentence += 1
+        for _ in range(rng.randint(1, 2) if decoy else 0):
+            piece[rng.randrange(len(piece))] = self._text.words[rng.choice(NAMES)]
+        return piece
 
     def _share(self) -> float:
         """How many of this window's pieces are facts."""

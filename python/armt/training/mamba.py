@@ -1,13 +1,14 @@
 """Mamba in its second form (state space duality, arXiv 2405.21060), in plain PyTorch: a system to
 compare with. It needs no segments; here it reads in pieces and hands its state on.
 
-Letters: B rows of a batch, G sequences that begin at the same state, T tokens, D width, E = 2 D
-inner channels in H heads of P, n values of state a channel.
+Letters: B rows of a batch, G sequences a row (the text, or Q questions), T tokens, D width,
+E = 2 D inner channels in H heads of P, n values of state a channel.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -27,6 +28,22 @@ STEP = (1e-3, 1e-1)
 """Range of the time steps at the start."""
 
 State: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the state space sees of G sequences."""
+
+    u: Tensor
+    """[B, G, T, H, P] values"""
+    b: Tensor
+    """[B, G, T, n] where they are written"""
+    c: Tensor
+    """[B, G, T, n] where is read"""
+    dt: Tensor
+    """[B, G, T, H] time steps"""
+    total: Tensor
+    """[B, G, T, H] logarithm of what is left, behind each token, of what was there before"""
 
 
 class RmsNorm(nn.Module):
@@ -61,43 +78,83 @@ class MambaLayer(nn.Module):
         self.out_proj = nn.Linear(self.inner, shape.width, bias=False)
         nn.init.normal_(self.out_proj.weight, std=(self.inner * 2 * shape.layers) ** -0.5)
 
-    def forward(self, x: Tensor, tail: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, G, T, D], tail [B, 3, E + 2 n] and h [B, H, P, n], from which all G sequences
-        begin; -> x, and the tail and h behind the first sequence."""
-        batch, group = x.shape[:2]
-        gate, mixed, dt = self.in_proj(self.norm(x)).split(
-            (self.inner, self.inner + 2 * self.values, self.heads), dim=-1
-        )
-        before = tail[:, None].expand(batch, group, -1, -1).to(mixed.dtype)
-        mixed = torch.cat((before, mixed), dim=2)
-        tail = mixed[:, 0, -(REACH - 1) :].float()
+    def forward(
+        self, x: Tensor, tail: Tensor, h: Tensor, asked: Tensor | None, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [B, T, D], tail [B, 3, E + 2 n] and h [B, H, P, n] -> x, and the tail and h behind it.
+        asked [B, Q, t, D] are read as if behind the first seen [B, Q] tokens of x."""
+        gate, mixed, dt = self._project(x[:, None])
+        mixed = torch.cat((tail[:, None].to(mixed.dtype), mixed), dim=2)
+        text = self._signals(mixed, dt)
+        out = x + self._close(text, self._near(text) + _far(text, h), gate)[:, 0]
+        if asked is not None and seen is not None:
+            gate, own, dt = self._project(asked)
+            question = self._signals(torch.cat((_window(mixed[:, 0], seen), own), dim=2), dt)
+            y = self._near(question) + _behind(question, text, seen, h)
+            asked = asked + self._close(question, y, gate)
+        left = (text.total[:, 0, -1:] - text.total[:, 0]).exp() * text.dt[:, 0]
+        added = text.u[:, 0] * left[..., None].to(text.u.dtype)
+        new = torch.einsum("bjhp,bjn->bhpn", added, text.b[:, 0])
+        h = text.total[:, 0, -1].exp()[..., None, None] * h + new
+        return out, mixed[:, 0, -(REACH - 1) :].float(), h, asked
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[B, G, T, D] -> gate [B, G, T, E], what is convolved [.., E + 2 n], time steps [.., H]"""
+        parts = (self.inner, self.inner + 2 * self.values, self.heads)
+        gate, mixed, dt = self.in_proj(self.norm(x)).split(parts, dim=-1)
+        return gate, mixed, functional.softplus(dt.float() + self.dt_bias)
+
+    def _signals(self, mixed: Tensor, dt: Tensor) -> Signals:
+        """mixed [B, G, 3 + T, E + 2 n]; dt [B, G, T, H]"""
         flat = functional.silu(self.conv(mixed.flatten(0, 1).transpose(1, 2))).transpose(1, 2)
-        rows = flat.reshape(batch, group, -1, self.inner + 2 * self.values)
+        rows = flat.reshape(*mixed.shape[:2], *flat.shape[1:])
         u, b, c = torch.split(rows, [self.inner, self.values, self.values], dim=-1)
         u = u.reshape(*u.shape[:3], self.heads, HEAD)
-        dt = functional.softplus(dt.float() + self.dt_bias)
-        y, h = self._space(u, b, c, dt, h)
-        y = (y + self.D[:, None] * u).flatten(-2)
-        x = x + self.out_proj(self.gate_norm(y * functional.silu(gate)))
-        return x, tail, h
+        return Signals(u, b, c, dt, (dt * -self.A_log.exp()).cumsum(dim=2))
 
-    def _space(
-        self, u: Tensor, b: Tensor, c: Tensor, dt: Tensor, h: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """u [B, G, T, H, P], b and c [B, G, T, n], dt [B, G, T, H] -> y as u, and h behind the
-        first sequence."""
-        count = u.shape[2]
-        total = (dt * -self.A_log.exp()).cumsum(dim=2)
-        kept = total[:, :, :, None] - total[:, :, None]
-        later = torch.ones(count, count, dtype=torch.bool, device=u.device).tril()
+    @staticmethod
+    def _near(s: Signals) -> Tensor:
+        """What a sequence's tokens leave for its later ones: [B, G, T, H, P]"""
+        count = s.u.shape[2]
+        kept = s.total[:, :, :, None] - s.total[:, :, None]
+        later = torch.ones(count, count, dtype=torch.bool, device=s.u.device).tril()
         kept = torch.where(later[..., None], kept, -math.inf).exp()
-        near = torch.einsum("bgin,bgjn->bgij", c, b)[..., None] * kept * dt[:, :, None]
-        y = torch.einsum("bgijh,bgjhp->bgihp", near.to(u.dtype), u)
-        far = torch.einsum("bgin,bhpn->bgihp", c, h.to(c.dtype))
-        y = y + far * total.exp()[..., None]
-        left = (total[:, 0, -1:] - total[:, 0]).exp() * dt[:, 0]
-        new = torch.einsum("bjhp,bjn->bhpn", u[:, 0] * left[..., None].to(u.dtype), b[:, 0])
-        return y, total[:, 0, -1].exp()[..., None, None] * h + new
+        scores = torch.einsum("bgin,bgjn->bgij", s.c, s.b)[..., None]
+        weights = scores * kept * s.dt[:, :, None]
+        return torch.einsum("bgijh,bgjhp->bgihp", weights.to(s.u.dtype), s.u)
+
+    def _close(self, s: Signals, y: Tensor, gate: Tensor) -> Tensor:
+        """y [B, G, T, H, P] -> what is added to the rows [B, G, T, D]"""
+        y = (y + self.D[:, None] * s.u).flatten(-2)
+        rows: Tensor = self.out_proj(self.gate_norm(y * functional.silu(gate)))
+        return rows
+
+
+def _far(s: Signals, h: Tensor) -> Tensor:
+    """What h [B, H, P, n] leaves for the tokens of each sequence: [B, G, T, H, P]"""
+    return torch.einsum("bgin,bhpn->bgihp", s.c, h.to(s.c.dtype)) * s.total.exp()[..., None]
+
+
+def _window(mixed: Tensor, seen: Tensor) -> Tensor:
+    """mixed [B, 3 + T, C] -> the three tokens before each place, [B, Q, 3, C]"""
+    places = seen[..., None] + torch.arange(REACH - 1, device=seen.device)
+    index = places.flatten(1)[..., None].expand(-1, -1, mixed.shape[-1])
+    return mixed.gather(1, index).reshape(*places.shape, mixed.shape[-1])
+
+
+def _behind(question: Signals, text: Signals, seen: Tensor, h: Tensor) -> Tensor:
+    """What h, then the first seen [B, Q] tokens of the text leave for questions: [B, Q, t, H, P]"""
+    total = functional.pad(text.total[:, 0], (0, 0, 1, 0))
+    reached = total.gather(1, seen[..., None].expand(-1, -1, total.shape[-1]))  # [B, Q, H]
+    there = torch.arange(text.u.shape[2], device=seen.device) < seen[..., None]
+    kept = reached[:, :, None] - text.total
+    kept = torch.where(there[..., None], kept, -math.inf).exp() * text.dt  # [B, Q, T, H]
+    scores = torch.einsum("bqin,bjn->bqij", question.c, text.b[:, 0])[..., None]
+    weights = scores * kept[:, :, None].to(scores.dtype)
+    y = torch.einsum("bqijh,bjhp->bqihp", weights, text.u[:, 0])
+    far = torch.einsum("bqin,bhpn->bqihp", question.c, h.to(question.c.dtype))
+    y = y + far * reached.exp()[:, :, None, :, None]
+    return y * question.total.exp()[..., None]
 
 
 class Mamba(nn.Module):
@@ -131,25 +188,35 @@ class Mamba(nn.Module):
     def segment(
         self, tokens: Tensor, state: State, asks: Asks | None = None, *, write: bool = True
     ) -> tuple[Tensor, Tensor | None, State, Tensor]:
-        """As :meth:`armt.training.model.Armt.segment`, but that questions see no token of the
-        segment: ``asks.seen`` is taken as 0."""
-        found = None
+        """As :meth:`armt.training.model.Armt.segment`."""
         if asks is not None:
-            rows, _ = self._run(self.wte(asks.ids), state)
-            found = answers(rows.flatten(1, 2), asks)
-        outs = []
-        new = state
+            return self._with_questions(tokens, state, asks, write)
+        outs, new = [], state
         for part in torch.split(tokens, CHUNK, dim=1):
             if part.shape[1]:
-                rows, new = self._run(self.wte(part)[:, None], new)
-                outs.append(rows[:, 0])
+                x, new, _ = self._run(self.wte(part), new)
+                outs.append(x)
         x = torch.cat(outs, dim=1) if outs else self.wte(tokens)
-        zero = x.new_zeros(len(x), 2, dtype=torch.float32)
-        return x, found, new if write else state, zero
+        return x, None, new if write else state, _nothing_written(x)
 
-    def _run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _with_questions(
+        self, tokens: Tensor, state: State, asks: Asks, write: bool
+    ) -> tuple[Tensor, Tensor | None, State, Tensor]:
+        x, new, asked = self._run(self.wte(tokens), state, self.wte(asks.ids), asks.seen)
+        assert asked is not None
+        found = answers(asked.flatten(1, 2), asks)
+        return x, found, new if write else state, _nothing_written(x)
+
+    def _run(
+        self, x: Tensor, state: State, asked: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, State, Tensor | None]:
         half = len(state) // 2
         tails, spaces = list(state[:half]), list(state[half:])
         for i, layer in enumerate(self.layers):
-            x, tails[i], spaces[i] = layer(x, tails[i], spaces[i])
-        return x, (*tails, *spaces)
+            x, tails[i], spaces[i], asked = layer(x, tails[i], spaces[i], asked, seen)
+        return x, (*tails, *spaces), asked
+
+
+def _nothing_written(x: Tensor) -> Tensor:
+    """What a memory would have written beyond measure, and at all: [B, 2]"""
+    return x.new_zeros(len(x), 2, dtype=torch.float32)
