@@ -22,7 +22,7 @@ PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
     "docs/performance.md": report_performance.SECTIONS,
     "docs/results.md": report_evaluation.SECTIONS,
     "python/armt/models/babilong/README.md": {
-        "babilong": report_evaluation.babilong_table,
+        "babilong": report_evaluation.SECTIONS["babilong"],
     },
     "python/armt/models/retrieval/README.md": {
         "retrieval": report_evaluation.retrieval_table,

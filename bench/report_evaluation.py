@@ -7,6 +7,9 @@ from typing import Any
 
 from tables import load, table
 
+LONG = 1_000_000
+"""Tokens from which on forgetting shows."""
+
 
 def right(row: dict[str, Any]) -> list[str]:
     low, high = row["interval"]
@@ -28,13 +31,13 @@ def about(found: dict[str, Any]) -> str:
     )
 
 
-def babilong_table() -> str:
-    found = load("evaluation/babilong")
+def babilong_table(name: str) -> str:
+    found = load(f"evaluation/{name}")
     rows = [
-        [row["task"].upper(), f"{row['length']:,}", *right(row)]
-        for row in sorted(found["results"], key=lambda row: (row["task"], row["length"]))
+        [row["task"].upper(), f"{row['length']:,}", *right(row), f"{row['seconds']:,.1f} s"]
+        for row in sorted(found["results"], key=_cell)
     ]
-    head = ["task", "tokens", "right", "accuracy", "95% interval"]
+    head = ["task", "tokens", "right", "accuracy", "95% interval", "time"]
     return table(head, rows) + "\n\n" + about(found)
 
 
@@ -56,11 +59,30 @@ def retrieval_table() -> str:
 
 
 def comparison_table() -> str:
-    systems = [load(f"evaluation/qa1-{system}") for system in ("armt", "rmt")]
+    systems = [load(f"evaluation/compare-babilong-{system}") for system in ("armt", "rmt")]
     pairs = zip(*[one["results"] for one in systems], strict=True)
-    rows = [[f"{one['length']:,}", right(one)[0], right(other)[0]] for one, other in pairs]
-    notes = [f"{one['model']}: {about(one)}" for one in systems]
-    return table(["tokens", "ARMT", "RMT"], rows) + "\n\n" + "\n".join(notes)
+    rows = [
+        [one["task"].upper(), f"{one['length']:,}", right(one)[0], right(other)[0]]
+        for one, other in pairs
+    ]
+    notes = [f"{one['system'].upper()}: {about(one)}" for one in systems]
+    return table(["task", "tokens", "ARMT", "RMT"], rows) + "\n\n" + "\n".join(notes)
+
+
+def forgetting_table() -> str:
+    """The long rows of two trainings, without and with decoys."""
+    before = {_cell(row): row for row in load("evaluation/babilong_before_decoys")["results"]}
+    after = {_cell(row): row for row in load("evaluation/babilong")["results"]}
+    rows = [
+        [cell[0].upper(), f"{cell[1]:,}", right(before[cell])[0], right(after[cell])[0]]
+        for cell in sorted(before)
+        if cell[1] >= LONG
+    ]
+    return table(["task", "tokens", "without decoys", "with decoys"], rows)
+
+
+def _cell(row: dict[str, Any]) -> tuple[str, int]:
+    return row["task"], row["length"]
 
 
 def training_table() -> str:
@@ -75,11 +97,14 @@ def training_table() -> str:
         steps, million = f"{one['steps']:,}", f"{one['tokens'] / 1e6:,.0f} M"
         rows.append([name, steps, million, f"{one['seconds']:,.0f} s", said])
     head = ["training", "steps", "tokens", "time", "questions answered at its end"]
-    return table(head, rows) + "\n\n" + f"On {next(iter(found.values()))['machine']}."
+    places = "; ".join(f"*{name}*: {one['machine']}" for name, one in found.items())
+    return table(head, rows) + "\n\n" + f"On {places}."
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "babilong": babilong_table,
+    "babilong": lambda: babilong_table("babilong"),
+    "babilong-cpu": lambda: babilong_table("babilong_cpu"),
+    "forgetting": forgetting_table,
     "retrieval": retrieval_table,
     "comparison": comparison_table,
     "training": training_table,

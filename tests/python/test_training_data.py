@@ -213,6 +213,21 @@ def test_decoys_look_like_facts_and_change_no_answer(text: Text) -> None:
         assert not re.search(rf"{person} (went|moved|travelled|journeyed) (back )?to the", read)
 
 
+def test_people_of_the_book_bear_names_from_the_stories() -> None:
+    said = [
+        f"So {who} looked at the sea for {n} hours." for who in ("Ahab", "Pip") for n in "23456"
+    ]
+    book = Text(resolve("babilong"), [*said, "It was cold and nobody looked."])
+    rng = random.Random(1)
+    told = {_tokenizer().decode(book.namesake(rng)).strip() for _ in range(100)}
+    assert len({sentence.split()[1] for sentence in told}) > 4
+    for sentence in told:
+        _, who, *rest = sentence.split()
+        assert who in stories.PEOPLE + stories.GIVERS and " ".join(rest).startswith("looked at")
+    plain = Text(resolve("babilong"), ["It was cold.", "Nobody looked."])
+    assert plain.namesake(rng)
+
+
 def test_the_answers_ends_are_asked_for_too(text: Text) -> None:
     rows = story_rows(text, StorySettings(quiet=0.0), range(8))
     ends = 0

@@ -6,10 +6,12 @@ anew; stretches without facts, short and very long, alternate with dense ones.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,12 @@ STRANGERS = (
     *("His wife", "My uncle", "Her mother", "Two of them", "A gentleman", "The doctor"),
 )
 """Whose deeds are nobody's business."""
+ACTS = re.compile(
+    r"\b([A-Z][a-z]{2,}) (?:said|went|came|looked|took|turned|asked|replied|answered|stood|sat)\b"
+)
+"""Somebody in a book."""
+OFTEN = 5
+"""Acts that make somebody known."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class StorySettings:
     """Share of questions that stand somewhere in a segment; the others stand at its beginning."""
     decoys: float = 0.0
     """Share of the book's sentences that look like a fact and are none."""
+    namesakes: float = 0.0
+    """Share of the book's sentences in which its people have the name of one from the stories."""
 
     def __post_init__(self) -> None:
         unknown = set(self.worlds) - set(SHARES)
@@ -84,6 +94,7 @@ class Text:
         self.config = {name: config[name] for name in KEPT if name in config}
         self.config["text"] = dict(config.get("text", {})) | {"answer_tokens": 2}
         self.end = int(config.get("eos_token_id", 0))
+        self._sentences = sentences
         self._facts: dict[str, list[int]] = {}
         self._questions: dict[str, list[int]] = {}
         parts = self._tokenizer.encode_many_inside(sentences)
@@ -104,6 +115,29 @@ class Text:
             self.ends[index - 1] if index else 0 : self.ends[index]
         ].tolist()
         return found
+
+    def namesake(self, rng: random.Random) -> list[int]:
+        """Ids of a sentence about the book's people, with a name from the stories; of any sentence
+        where the book has few people."""
+        while True:
+            sentence = rng.choice(self._sentences)
+            if self._people is None or self._people.search(sentence):
+                break
+        name = rng.choice((*PEOPLE, *GIVERS))
+        told = self._people.sub(name, sentence) if self._people else sentence
+        return [int(i) for i in self._tokenizer.encode_inside(told)]
+
+    @functools.cached_property
+    def _people(self) -> re.Pattern[str] | None:
+        """The names of the book's people; None where it has hardly any."""
+        found = Counter(name for sentence in self._sentences for name in ACTS.findall(sentence))
+        words = Counter(word for sentence in self._sentences for word in sentence.split())
+        names = [n for n, count in found.items() if count >= OFTEN and words[n.lower()] < count]
+        if not names:
+            return None
+        people = re.compile(rf"\b(?:{'|'.join(names)})\b")
+        few = len(self._sentences) // 1000
+        return people if sum(words[name] for name in names) > few else None
 
     def fact(self, text: str) -> list[int]:
         """Ids of a fact inside a text."""
@@ -175,9 +209,11 @@ class StoryRow:
         self._left = flat[size:].tolist()
 
     def _noise(self) -> list[int]:
-        """The book's next sentence; instead of some, what a stranger does, or one with a name from
-        the stories in it: a book of many millions of words holds such things too."""
+        """The book's next sentence; instead of some, what a stranger does, one with a name from the
+        stories in it, or what a namesake does: very long books hold such things too."""
         rng = self._rng
+        if self._settings.namesakes > 0 and rng.random() < self._settings.namesakes:
+            return self._text.namesake(rng)
         decoy = self._settings.decoys > 0 and rng.random() < self._settings.decoys
         if decoy and rng.random() < 0.5:
             tale = new_tale(rng.choice(("qa1", "qa3", "qa5")), rng)
