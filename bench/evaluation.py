@@ -98,7 +98,7 @@ def main() -> None:
     if given.job == "answers":
         if bool(given.machine) != bool(given.commit):
             parser.error("--machine and --commit: expected both, or none")
-        where = {"machine": given.machine, "commit": given.commit} if given.machine else {}
+        where = {"place": given.machine, "commit": given.commit} if given.machine else {}
         answers(given.name, given.folders, where, given.note)
     else:
         training(given.name, given.folder, given.machine, given.commit, given.note)

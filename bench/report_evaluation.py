@@ -24,7 +24,7 @@ def about(found: dict[str, Any]) -> str:
     """Where and on what it was measured."""
     on = found["environment"]
     note = f" {found['note']}" if "note" in found else ""
-    machine = on["machine"] if "machine" in on else f"{on['cpu']}, {on['usable_cores']} cores"
+    machine = on["place"] if "place" in on else f"{on['cpu']}, {on['usable_cores']} cores"
     return (
         f"Weights {found['fingerprint']}; {found['implementation']}, {found['dtype']}, on "
         f"{machine}; commit {on['commit'][:7]}.{note}"
