@@ -144,11 +144,11 @@ def test_questions_see_what_stands_before_them_and_leave_no_trace(kind: str) -> 
 
 def test_mamba_reads_in_pieces_of_any_size() -> None:
     model = make("mamba", state_size=8)
-    ids = np.random.default_rng(1).integers(0, 50, (2, 40))
+    ids = np.random.default_rng(1).integers(0, 50, (2, 150))
     with torch.no_grad():
         whole, _, state, _ = model.segment(torch.from_numpy(ids), model.empty(2))
         parts, now = [], model.empty(2)
-        for part in np.split(ids, [1, 3, 20], axis=1):
+        for part in np.split(ids, [1, 3, 20, 130], axis=1):
             x, _, now, _ = model.segment(torch.from_numpy(part), now)
             parts.append(x)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)

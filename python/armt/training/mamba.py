@@ -22,8 +22,8 @@ EPS = 1e-5
 REACH = 4
 """Tokens that the convolution sees."""
 HEAD = 32
-CHUNK = 256
-"""Tokens that are taken at once; longer pieces go one after another."""
+CHUNK = 64
+"""Tokens that see each other directly; the state stands for what lies before them."""
 STEP = (1e-3, 1e-1)
 """Range of the time steps at the start."""
 
@@ -86,17 +86,30 @@ class MambaLayer(nn.Module):
         gate, mixed, dt = self._project(x[:, None])
         mixed = torch.cat((tail[:, None].to(mixed.dtype), mixed), dim=2)
         text = self._signals(mixed, dt)
-        out = x + self._close(text, self._near(text) + _far(text, h), gate)[:, 0]
+        y, new = self._scan(text, h)
+        out = x + self._close(text, y, gate)[:, 0]
         if asked is not None and seen is not None:
             gate, own, dt = self._project(asked)
             question = self._signals(torch.cat((_window(mixed[:, 0], seen), own), dim=2), dt)
             y = self._near(question) + _behind(question, text, seen, h)
             asked = asked + self._close(question, y, gate)
-        left = (text.total[:, 0, -1:] - text.total[:, 0]).exp() * text.dt[:, 0]
-        added = text.u[:, 0] * left[..., None].to(text.u.dtype)
-        new = torch.einsum("bjhp,bjn->bhpn", added, text.b[:, 0])
-        h = text.total[:, 0, -1].exp()[..., None, None] * h + new
-        return out, mixed[:, 0, -(REACH - 1) :].float(), h, asked
+        return out, mixed[:, 0, -(REACH - 1) :].float(), new, asked
+
+    def _scan(self, text: Signals, h: Tensor) -> tuple[Tensor, Tensor]:
+        """y [B, 1, T, H, P] of one sequence that begins at h [B, H, P, n], and h behind it."""
+        count = text.u.shape[2]
+        size = min(count, CHUNK)
+        u, b, c, dt = (_chunks(part[:, 0], size) for part in (text.u, text.b, text.c, text.dt))
+        total = (dt * -self.A_log.exp()).cumsum(dim=2)
+        left = (total[:, :, -1:] - total).exp() * dt
+        added = torch.einsum("bgjhp,bgjn->bghpn", u * left[..., None].to(u.dtype), b)
+        starts = []
+        for kept, new in zip(total[:, :, -1].exp().unbind(1), added.unbind(1), strict=True):
+            starts.append(h)
+            h = kept[..., None, None] * h + new
+        far = torch.einsum("bgin,bghpn->bgihp", c, torch.stack(starts, dim=1).to(c.dtype))
+        y = self._near(Signals(u, b, c, dt, total)) + far * total.exp()[..., None]
+        return y.flatten(1, 2)[:, None, :count], h
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, G, T, D] -> gate [B, G, T, E], what is convolved [.., E + 2 n], time steps [.., H]"""
@@ -130,9 +143,10 @@ class MambaLayer(nn.Module):
         return rows
 
 
-def _far(s: Signals, h: Tensor) -> Tensor:
-    """What h [B, H, P, n] leaves for the tokens of each sequence: [B, G, T, H, P]"""
-    return torch.einsum("bgin,bhpn->bgihp", s.c, h.to(s.c.dtype)) * s.total.exp()[..., None]
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """[B, T, ...] -> [B, G, size, ...], filled up with zeros: time steps that change nothing."""
+    filled = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % size))
+    return filled.reshape(len(x), -1, size, *x.shape[2:])
 
 
 def _window(mixed: Tensor, seen: Tensor) -> Tensor:
@@ -189,23 +203,15 @@ class Mamba(nn.Module):
         self, tokens: Tensor, state: State, asks: Asks | None = None, *, write: bool = True
     ) -> tuple[Tensor, Tensor | None, State, Tensor]:
         """As :meth:`armt.training.model.Armt.segment`."""
-        if asks is not None:
-            return self._with_questions(tokens, state, asks, write)
-        outs, new = [], state
-        for part in torch.split(tokens, CHUNK, dim=1):
-            if part.shape[1]:
-                x, new, _ = self._run(self.wte(part), new)
-                outs.append(x)
-        x = torch.cat(outs, dim=1) if outs else self.wte(tokens)
-        return x, None, new if write else state, _nothing_written(x)
-
-    def _with_questions(
-        self, tokens: Tensor, state: State, asks: Asks, write: bool
-    ) -> tuple[Tensor, Tensor | None, State, Tensor]:
-        x, new, asked = self._run(self.wte(tokens), state, self.wte(asks.ids), asks.seen)
-        assert asked is not None
-        found = answers(asked.flatten(1, 2), asks)
-        return x, found, new if write else state, _nothing_written(x)
+        if asks is None:
+            x, new, _ = self._run(self.wte(tokens), state)
+            found = None
+        else:
+            x, new, asked = self._run(self.wte(tokens), state, self.wte(asks.ids), asks.seen)
+            assert asked is not None
+            found = answers(asked.flatten(1, 2), asks)
+        nothing = x.new_zeros(len(x), 2, dtype=torch.float32)
+        return x, found, new if write else state, nothing
 
     def _run(
         self, x: Tensor, state: State, asked: Tensor | None = None, seen: Tensor | None = None
@@ -215,8 +221,3 @@ class Mamba(nn.Module):
         for i, layer in enumerate(self.layers):
             x, tails[i], spaces[i], asked = layer(x, tails[i], spaces[i], asked, seen)
         return x, (*tails, *spaces), asked
-
-
-def _nothing_written(x: Tensor) -> Tensor:
-    """What a memory would have written beyond measure, and at all: [B, 2]"""
-    return x.new_zeros(len(x), 2, dtype=torch.float32)
