@@ -1,4 +1,4 @@
-// Reading the associative memory (armt-math, sections 3 to 5; arXiv 2407.04841, 2102.11174).
+// Reading the associative memory (docs/mathematics.md; arXiv 2407.04841, 2102.11174).
 //
 // Queries of all rows by one product; a warp a row turns them into features phi / (z . phi + 1e-5); then x += phi A.
 // Long cells of bfloat16: A is rounded into scratch, then the library multiplies. Otherwise: matrix instructions that

@@ -1,4 +1,4 @@
-// Writing the associative memory (armt-math, sections 3 to 5; arXiv 2407.04841, 2102.11174).
+// Writing the associative memory (docs/mathematics.md; arXiv 2407.04841, 2102.11174).
 //
 // Key, value and gate of the memory rows by one product; features, denominators, gamma and beta by a warp a row;
 // delta = beta (v - phi A / den); A' = A + phi^T delta; z' = z + sum gamma phi. 16-bit models with up to 128 memory

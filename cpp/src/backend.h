@@ -260,7 +260,7 @@ class Backend {
   // Read = (A^T q) / (z . q + 1e-5)  (no division without use_denom).          arXiv 2407.04841, 2102.11174
   virtual void memory_read(Groups groups, const Rows& x) = 0;
   // y_t = last write_rows rows of each cell; k = phi(W_k y), v = W_v y, beta = sigmoid(W_b y + b);
-  // A' = A + sum_t k_t (x) beta_t (v_t - old_t),  z' = z + sum_t gamma_t k_t   (armt-math: first write gamma = 1)
+  // A' = A + sum_t k_t (x) beta_t (v_t - old_t),  z' = z + sum_t gamma_t k_t   (first write: gamma = 1)
   virtual void memory_write(Groups groups, const Rows& x) = 0;
   // out = norm(in), weights norm1 or norm2 of each group's layer.
   virtual void norm(Vector which, Groups groups, const Rows& in, const Rows& out) = 0;

@@ -46,7 +46,7 @@ inline Vector norm_bias(Vector norm) {
 }
 
 // Rotation per position of each pair of features, [rotary_dims / 2]: theta^(-2 i / rotary_dims), scaled as rope_scaling
-// says (armt-math 9) and rounded to float32.
+// says and rounded to float32.
 std::vector<float> rotary_frequencies(const DecoderConfig& decoder);
 
 }  // namespace armt

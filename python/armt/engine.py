@@ -412,7 +412,7 @@ class Engine:
         cores = [_core.Session(self._core) for _ in prompts]
         for row, core in enumerate(cores):
             core.set_seed(check_seed((seed or 0) + row))
-        # The published paper-dialect and RMT generation knows no sliding window (armt-math 7.4).
+        # Published generation knows no window in paper and RMT (docs/mathematics.md).
         windowed = dialect in ("modern", "inner")
         pairs = list(zip(cores, prompts, strict=True))
         _core.forward(pairs, cuts, [], "none", False, windowed, None)

@@ -1,4 +1,4 @@
-"""Checkpoint formats (armt-math, section 12): files -> plain tensors -> Model.
+"""Checkpoint formats (docs/formats.md): files -> plain tensors -> Model.
 
 A plain tensor dict has the names `memory`, `sink`, `maps.<layer>.W_mq.weight` and so on, and
 `base.<usual name of the base model>`.
@@ -189,7 +189,7 @@ def load_folder(folder: Path) -> Model:
 
 
 def load_hf_folder(folder: Path, *, adapter: Path | None = None) -> Model:
-    """A Hugging Face folder of the modern dialect (section 12.2)."""
+    """A Hugging Face folder of the modern dialect."""
     config = json.loads((folder / "config.json").read_text())
     if not isinstance(config.get("base_model_config"), dict):
         raise ValueError(f"{folder}: config.json needs base_model_config as an object")

@@ -1,4 +1,4 @@
-"""Base decoders: GPT-2, Llama and its kin, GPT-NeoX (armt-math, section 9).
+"""Base decoders: GPT-2, Llama and its kin, GPT-NeoX (docs/mathematics.md).
 
 Letters: B batch rows, R rows, C columns (cached ones first), D width, H query heads, G key/value
 heads, c width of a head. Weights are a plain dict under the base model's usual tensor names.
@@ -74,7 +74,7 @@ def attention(q: Array, k: Array, v: Array, visible: Bools, *, scale: float) -> 
     """
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = np.where(visible[:, None], scale * (q @ k.swapaxes(-1, -2)), -np.inf)
-    # A row that sees nothing attends to all columns alike (section 7.6).
+    # A row that sees nothing attends to all columns alike.
     sees_any = np.any(visible, axis=-1)[:, None, :, None]
     scores = np.where(sees_any, scores, 0.0)
     weights: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -83,7 +83,7 @@ def attention(q: Array, k: Array, v: Array, visible: Bools, *, scale: float) -> 
 
 
 def rotary_frequencies(width: int, *, theta: float, scaling: Mapping[str, Any] | None) -> Array:
-    """f_i of section 9 for i < width / 2."""
+    """Angle of a position for each i < width / 2."""
     f = theta ** (-2.0 * np.arange(width // 2) / width)
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if scaling is None or kind == "default":
@@ -235,7 +235,7 @@ class Llama(Decoder):
         self.eps = float(config.get("rms_norm_eps", 1e-6))
         self.activation = ACTIVATIONS[config.get("hidden_act", "silu")]
         self.heads = int(config.get("num_attention_heads", 32))
-        # Widths come from the shapes; a configuration may leave misleading defaults (section 12.3).
+        # Widths come from the shapes; a configuration may leave misleading defaults.
         q = weights[self.layer(0, "self_attn.q_proj.weight")]
         k = weights[self.layer(0, "self_attn.k_proj.weight")]
         self.head_width = len(q) // self.heads

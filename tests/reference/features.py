@@ -1,4 +1,4 @@
-"""The feature map of the associative memory (armt-math, section 3)."""
+"""The feature map of the associative memory (docs/mathematics.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy generation (armt-math, section 8; sections 10 and 11 for RMT and the inner loop)."""
+"""Greedy generation (docs/mathematics.md)."""
 
 from __future__ import annotations
 

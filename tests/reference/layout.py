@@ -1,4 +1,4 @@
-"""Cutting, positions and who sees whom (armt-math, sections 6, 7, 10 and 11).
+"""Cutting, positions and who sees whom (docs/mathematics.md).
 
 A segment's rows are [front (s) | tokens (T) | back (m)]: the front is the sink (RMT: its read
 memory), the back are the memory tokens. The P cached tokens of the previous segment are columns
@@ -74,7 +74,7 @@ def _causal_mask(shape: Shape, real: Bools, cached_real: Bools) -> Bools:
 
 
 def _table_mask(settings: Settings, shape: Shape, real: Bools, cached_real: Bools) -> Bools:
-    """Section 7.3 (outer loop) and section 11 (inner loop)."""
+    """The sliding window of the outer loop, and the inner loop (docs/mathematics.md)."""
     s, T, P = shape.front, shape.tokens, shape.cached
     sink, token = slice(0, s), shape.token_rows
     memory = slice(s + T, shape.rows)

@@ -1,4 +1,4 @@
-"""One layer's associative memory: read and write (armt-math, sections 3 to 5).
+"""One layer's associative memory: read and write (docs/mathematics.md).
 
 Letters: B batch rows, R rows, m memory tokens, D width of the residual stream, d width of a memory
 key, h memory heads, F features per head, E = D / h values per head.

@@ -1,4 +1,4 @@
-"""The segment loop over a base decoder (armt-math, sections 2, 7, 10 and 11).
+"""The segment loop over a base decoder (docs/mathematics.md).
 
 Letters: B batch rows, T tokens of a segment, N tokens of the whole sequence, R rows of a segment,
 P cached tokens, L layers, D width, V vocabulary.
@@ -240,7 +240,7 @@ def forward(
     """Logits of every token [B, N, V] and the final state (`.A`, `.z`, `.memory_state`).
 
     input_ids [B, N]; `state` continues an earlier call (its tokens count as complete segments);
-    `segment_lengths` replaces the cut of section 6.
+    `segment_lengths` replaces the cut of "Cutting".
     """
     ids = np.asarray(input_ids, dtype=np.int64)
     real = as_mask(ids, attention_mask)

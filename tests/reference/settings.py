@@ -1,4 +1,4 @@
-"""Memory settings of a model and what has to be refused (armt-math, sections 12.2 and 13)."""
+"""Memory settings of a model and what has to be refused (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Settings:
 
 
 def read_settings(dialect: str, armt: Mapping[str, Any]) -> Settings:
-    """Settings from a configuration object; defaults are those of section 12.2."""
+    """Settings from a configuration object; defaults are those of docs/formats.md."""
     for name in ("attend_to_previous_input", "act_on"):
         if armt.get(name, False):
             raise ValueError(f"armt.{name}: true is not supported by any published version")

@@ -1,4 +1,4 @@
-// Reads and writes of the associative memory (armt-math 3 to 5).
+// Reads and writes of the associative memory (docs/mathematics.md).
 #include <algorithm>
 #include <cmath>
 

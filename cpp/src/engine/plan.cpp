@@ -49,7 +49,7 @@ Row token_row(const Frame& frame, int32_t id, int64_t t) {
     from = a;
   } else if (frame.open_memory_mask()) {
     from = t;
-    // Generation past the window: the published cache keeps the last W + s entries (armt-math 8).
+    // Generation past the window: the published cache keeps the last W + s entries (docs/mathematics.md, Generation).
     if (frame.grow && frame.window > 0) row.cur_begin = static_cast<int32_t>(std::max<int64_t>(0, t - frame.window));
   }
   row.prev_begin = static_cast<int32_t>(frame.previous_from(from));
