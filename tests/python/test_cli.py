@@ -17,8 +17,9 @@ import pytest
 import armt
 from armt.cli import loading
 from armt.cli.app import run
-from armt.cli.output import one_line, size, whole_file
+from armt.cli.output import one_line, size
 from armt.demo.story import material
+from armt.files import whole_file
 
 COMMANDS = ("demo", "run", "info", "convert", "bench", "serve", "eval", "train")
 EVALUATIONS = ("retrieval", "babilong", "perplexity")

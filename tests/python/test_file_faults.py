@@ -11,8 +11,8 @@ import pytest
 
 import armt
 from armt.checkpoint import export_folder, load_checkpoint
-from armt.cli.output import whole_file
 from armt.errors import CheckpointError
+from armt.files import whole_file
 from armt.scale import FolderStore
 from armt.scale.worker import Held, Worker
 from armt.session import Session

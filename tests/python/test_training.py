@@ -283,7 +283,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(training_folder.os, "fsync", full)
+    monkeypatch.setattr("armt.files.os.fsync", full)
     code, _, err = train(capfd, write_recipe(tmp_path, 8), "--resume", folder)
     assert code == 1 and "No space left" in err.splitlines()[-1] and "Traceback" not in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

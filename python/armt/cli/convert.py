@@ -58,7 +58,7 @@ def convert(
 
 def _keep_text_settings(source: Path, target: Path) -> None:
     """The object "text" of config.json goes along."""
-    from armt.cli.output import whole_file
+    from armt.files import whole_file
 
     config: dict[str, Any] = json.loads(source.read_text("utf-8")) if source.is_file() else {}
     if "text" in config:

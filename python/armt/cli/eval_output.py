@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from armt.cli.output import print_json, print_table, say, whole_file
+from armt.cli.output import print_json, print_table, say
+from armt.files import whole_file
 
 if TYPE_CHECKING:
     from armt.tasks.journal import Journal

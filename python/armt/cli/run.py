@@ -233,7 +233,7 @@ def _ask(
 
 
 def _save(session: Session, target: Path) -> None:
-    from armt.cli.output import whole_file
+    from armt.files import whole_file
 
     with whole_file(target) as path:
         session.state.save(path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from armt.errors import InvalidArgument
+from armt.files import whole_file
 
 FIELDS: Mapping[str, type] = {
     "id": str,
@@ -25,17 +25,8 @@ LARGEST = 1 << 16
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Replaces ``path`` as a whole; mode 0600."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", prefix=".record-", dir=path.parent, delete=False
-    ) as file:
-        try:
-            file.write(json.dumps(record))
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(path, mode=0o600) as file:
+        file.write_text(json.dumps(record), encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

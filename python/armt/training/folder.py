@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from armt.checkpoint.arrays import to_float32
 from armt.checkpoint.sources import find_weights, open_weights
 from armt.checkpoint.weights_file import Entry, write_tensors
 from armt.errors import CheckpointError, InvalidArgument
+from armt.files import whole_file
 
 if TYPE_CHECKING:
     from armt.training.trainer import Report
@@ -42,11 +42,13 @@ def write_model(
         Entry(name, dtype, tuple(t.shape), functools.partial(_values, t, dtype))
         for name, t in tensors.items()
     ]
-    _replace(folder / "model.safetensors", lambda path: write_tensors(path, entries, "pt"))
-    text = json.dumps(dict(config), indent=2) + "\n"
-    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    with whole_file(folder / "model.safetensors") as path:
+        write_tensors(path, entries, "pt")
+    with whole_file(folder / "config.json") as path:
+        path.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     for name, source in (files or {}).items():
-        _replace(folder / name, functools.partial(shutil.copyfile, source))
+        with whole_file(folder / name) as path:
+            shutil.copyfile(source, path)
     if config["dialect"] != "mamba":
         load_checkpoint(folder)  # a fault is better found now than by who uses it
 
@@ -63,7 +65,8 @@ class Metrics:
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         text = "".join(line + "\n" for line in kept)
-        _replace(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+        with whole_file(self._path) as path:
+            path.write_text(text, encoding="utf-8")
 
     def __enter__(self) -> Metrics:
         self._file = self._path.open("a", encoding="utf-8")
@@ -101,7 +104,8 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 def write_progress(folder: Path, progress: Mapping[str, Any]) -> None:
     """All that is needed to go on, in one file that is replaced as a whole."""
-    _replace(folder / PROGRESS, lambda path: torch.save(dict(progress), path))
+    with whole_file(folder / PROGRESS) as path:
+        torch.save(dict(progress), path)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -129,15 +133,3 @@ def new_folder(folder: Path) -> None:
 
 def _filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def _replace(target: Path, write: Any) -> None:
-    """The old file or the new one is there at any moment."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
