@@ -59,13 +59,19 @@ def retrieval_table() -> str:
 
 
 def comparison_table() -> str:
-    systems = [load(f"evaluation/compare-babilong-{system}") for system in ("armt", "rmt")]
-    pairs = zip(*[one["results"] for one in systems], strict=True)
+    """Cells that both systems have."""
+    armt, rmt = (
+        [load(f"evaluation/compare-babilong-{system}{more}") for more in ("", "-1M")]
+        for system in ("armt", "rmt")
+    )
+    cells, others = (
+        {_cell(row): row for one in two for row in one["results"]} for two in (armt, rmt)
+    )
     rows = [
-        [one["task"].upper(), f"{one['length']:,}", right(one)[0], right(other)[0]]
-        for one, other in pairs
+        [cell[0].upper(), f"{cell[1]:,}", right(cells[cell])[0], right(others[cell])[0]]
+        for cell in sorted(cells.keys() & others.keys())
     ]
-    notes = [f"{one['system'].upper()}: {about(one)}" for one in systems]
+    notes = [f"{one['system'].upper()}: {about(one)}" for one in (*armt, *rmt)]
     return table(["task", "tokens", "ARMT", "RMT"], rows) + "\n\n" + "\n".join(notes)
 
 
