@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from typer.models import OptionInfo
 
 import armt
 from armt.cli import loading
-from armt.cli.app import run
+from armt.cli.app import app, run
 from armt.cli.output import one_line, size
 from armt.demo.story import material
 from armt.files import whole_file
@@ -66,6 +67,26 @@ def test_help_has_an_example_for_every_command(invoke: Invoke) -> None:
     for name in EVALUATIONS:
         code, out, _ = invoke("eval", name, "--help")
         assert code == 0 and f"armt eval {name}" in out.split("Example:")[1]
+
+
+def options_of(group: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters of all commands, with what is said of each."""
+    for command in group.registered_commands:
+        hints = get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            for said in getattr(hint, "__metadata__", ()):
+                yield name, said
+    for part in group.registered_groups:
+        yield from options_of(part.typer_instance)
+
+
+def test_options_keep_their_names() -> None:
+    """typer 0.27 takes a metavar that is the name in capitals for the option's name."""
+    options = dict(options_of(app))
+    assert {"kind", "lengths", "dtype"} <= options.keys()
+    for name, said in options_of(app):
+        if isinstance(said, OptionInfo) and said.metavar == name.upper():
+            assert f"--{name}" in (said.default, *said.param_decls), name
 
 
 def test_version(invoke: Invoke) -> None:
@@ -262,7 +283,7 @@ def test_run_reads_standard_input_as_it_reads_a_file(book: Path) -> None:
 
 MEASURED = """
 import sys
-from armt.cli.app import run
+from armt.cli.app import app, run
 from armt.demo.exam import peak_memory
 code = run(sys.argv[1:])
 print(peak_memory(), file=sys.stderr)

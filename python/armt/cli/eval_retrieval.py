@@ -39,6 +39,7 @@ def retrieval(
     kind: Annotated[
         str,
         typer.Option(
+            "--kind",
             metavar="KIND",
             help="remember: every key once; rewrite: keys come again, the newest value counts; "
             "all: the curves of both, and pairs held through filler.",
