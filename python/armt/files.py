@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +15,14 @@ def whole_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
     ``mode`` as for os.open, before the umask. FileNotFoundError where there is no such folder."""
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: the folder {target.parent} does not exist")
-    prefix = f".{target.name}."
-    with tempfile.NamedTemporaryFile(prefix=prefix, dir=target.parent, delete=False) as file:
-        path = Path(file.name)
+    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
+        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)):
+            pass
         yield path
-        os.chmod(path, mode & ~_umask())
         with path.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(path, target)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
