@@ -283,7 +283,7 @@ def test_run_reads_standard_input_as_it_reads_a_file(book: Path) -> None:
 
 MEASURED = """
 import sys
-from armt.cli.app import app, run
+from armt.cli.app import run
 from armt.demo.exam import peak_memory
 code = run(sys.argv[1:])
 print(peak_memory(), file=sys.stderr)
