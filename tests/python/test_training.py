@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -120,6 +121,33 @@ def test_it_learns_to_remember_pairs(tmp_path: Path) -> None:
         assert score.right > 40, (trial, score)  # guessing: 4
     score = task.evaluate(EngineReader(engine), layout, task.Trial("remember", 2), samples=64)
     assert score.right > 24, score
+
+
+def test_gates_are_sharpened_once() -> None:
+    """At the beginning of the stage that says so, weights and their average; a training that goes
+    on from the end of the stage before does it too, one that stood behind it does not."""
+    text = STORIES.format(model="width = 32\nlayers = 2\nheads = 2\nd_mem = 8")
+    text = text.replace("keep_quiet = 0.1", "sharpen = 3.0").replace("1e-3", "1e-7")
+    trainer = Trainer(parse_recipe(text), text)
+
+    def gates(trainer: Trainer) -> list[torch.Tensor]:
+        names = [name for name, _ in trainer.model.named_parameters()]
+        both = (*trainer.model.parameters(), *trainer._average)
+        return [v for name, v in zip(names * 2, both, strict=True) if ".W_mb." in name]
+
+    with torch.no_grad():
+        for values in gates(trainer):
+            values.fill_(0.5)
+    for _ in range(2):
+        trainer.advance()
+    saved = copy.deepcopy(trainer.progress())
+    trainer.advance()
+    behind = trainer.progress()
+    again = [Trainer.resumed(progress, None) for progress in (saved, copy.deepcopy(behind))]
+    for resumed in again:
+        resumed.advance()
+    for values in (*gates(trainer), *gates(again[0]), *gates(again[1])):
+        torch.testing.assert_close(values, torch.full_like(values, 1.5), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class MambaLayer(nn.Module):
         count = text.u.shape[2]
         size = min(count, CHUNK)
         u, b, c, dt = (_chunks(part[:, 0], size) for part in (text.u, text.b, text.c, text.dt))
-        total = (dt * -self.A_log.exp()).cumsum(dim=2)
+        total = _sums(dt * -self.A_log.exp())
         left = (total[:, :, -1:] - total).exp() * dt
         added = torch.einsum("bgjhp,bgjn->bghpn", u * left[..., None].to(u.dtype), b)
         starts = []
@@ -123,7 +123,7 @@ class MambaLayer(nn.Module):
         rows = flat.reshape(*mixed.shape[:2], *flat.shape[1:])
         u, b, c = torch.split(rows, [self.inner, self.values, self.values], dim=-1)
         u = u.reshape(*u.shape[:3], self.heads, HEAD)
-        return Signals(u, b, c, dt, (dt * -self.A_log.exp()).cumsum(dim=2))
+        return Signals(u, b, c, dt, _sums(dt * -self.A_log.exp()))
 
     @staticmethod
     def _near(s: Signals) -> Tensor:
@@ -147,6 +147,14 @@ def _chunks(x: Tensor, size: int) -> Tensor:
     """[B, T, ...] -> [B, G, size, ...], filled up with zeros: time steps that change nothing."""
     filled = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % size))
     return filled.reshape(len(x), -1, size, *x.shape[2:])
+
+
+def _sums(x: Tensor) -> Tensor:
+    """[..., T, H] -> sums over the tokens up to each. A product: PyTorch's compiler fails on some
+    cumulative sums over few rows."""
+    count = x.shape[-2]
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.ones(count, count, device=x.device).tril() @ x.float()
 
 
 def _window(mixed: Tensor, seen: Tensor) -> Tensor:

@@ -82,6 +82,9 @@ class Stage:
     keep_quiet: float = 0.0
     """Weight of what is written into the memory in segments that hold nothing. Too early it teaches
     the memory to write nothing at all."""
+    sharpen: float = 1.0
+    """The log odds of the memory's gates are multiplied by this at the stage's beginning. What they
+    let through of a text that holds nothing is little, but adds up over millions of tokens."""
     task: StorySettings | PairSettings = field(default_factory=StorySettings)
 
     def rate(self, step: int) -> float:
@@ -220,6 +223,10 @@ def _check(stage: Stage, recipe: Recipe, where: str) -> None:
     for name in ("steps", "rows", "segments", "length", "asks"):
         if getattr(stage, name) < 1:
             raise InvalidArgument(f"{where}: {name}: found 0, expected 1 or more")
+    if stage.sharpen < 1:
+        raise InvalidArgument(f"{where}: sharpen: found {stage.sharpen}, expected 1 or more")
+    if stage.sharpen > 1 and recipe.model.get("system", "armt") != "armt":
+        raise InvalidArgument(f"{where}: sharpen: {recipe.model['system']} has no gates")
     if stage.length > recipe.segment_size:
         raise InvalidArgument(
             f"{where}: length: found {stage.length}, expected at most the segment_size "

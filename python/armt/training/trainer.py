@@ -109,6 +109,8 @@ class Trainer:
         number, inside = self.recipe.at(self.step)
         stage = self.recipe.stages[number]
         if number != self._stage:
+            if inside == 0:
+                self._sharpen(stage.sharpen)
             self._enter(number)
         assert self._feed is not None
         window = self._feed.next()
@@ -122,6 +124,15 @@ class Trainer:
         self._now.run(window)
         self.step += 1
         return window.tokens.size
+
+    def _sharpen(self, factor: float) -> None:
+        """Multiplies the log odds of all gates."""
+        names = [name for name, _ in self.model.named_parameters()]
+        with torch.no_grad():
+            for weights in (list(self.model.parameters()), self._average):
+                for name, values in zip(names, weights, strict=False):
+                    if ".W_mb." in name:
+                        values.mul_(factor)
 
     def _enter(self, number: int) -> None:
         """A stage's rows; those that an interrupted training left, where there are some."""
