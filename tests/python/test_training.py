@@ -128,6 +128,7 @@ def test_gates_are_sharpened_once() -> None:
     on from the end of the stage before does it too, one that stood behind it does not."""
     text = STORIES.format(model="width = 32\nlayers = 2\nheads = 2\nd_mem = 8")
     text = text.replace("keep_quiet = 0.1", "sharpen = 3.0").replace("1e-3", "1e-7")
+    text = text.replace("[model]", "[optimizer]\naverage = 0.9\n[model]")
     trainer = Trainer(parse_recipe(text), text)
 
     def gates(trainer: Trainer) -> list[torch.Tensor]:
