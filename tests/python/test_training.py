@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,32 +123,41 @@ def test_it_learns_to_remember_pairs(tmp_path: Path) -> None:
     assert score.right > 24, score
 
 
-def test_gates_are_sharpened_once() -> None:
-    """At the beginning of the stage that says so, weights and their average; a training that goes
-    on from the end of the stage before does it too, one that stood behind it does not."""
-    text = STORIES.format(model="width = 32\nlayers = 2\nheads = 2\nd_mem = 8")
-    text = text.replace("keep_quiet = 0.1", "sharpen = 3.0").replace("1e-3", "1e-7")
-    text = text.replace("[model]", "[optimizer]\naverage = 0.9\n[model]")
-    trainer = Trainer(parse_recipe(text), text)
+def test_gates_are_saved_steeper() -> None:
+    """Their log odds x become about + sharpen (x - about); what is trained stays as it is."""
+    gates = "[gates]\nsharpen = 1.5\nabout = [-1.0, 0.25]\n"
+    plain, steep = (Trainer(*recipe_of(2, RECIPE + text)) for text in ("", gates))
+    x = torch.randn(5, 32)
+    for trainer in (plain, steep):
+        all_steps(trainer)
+    for layer, about in enumerate((-1.0, 0.25)):
+        name = f"memory_cell.model.transformer.h.{layer}.W_mb"
+        before, after = (
+            torch.nn.functional.linear(x, found[f"{name}.weight"], found[f"{name}.bias"])
+            for found in (plain.state_dict(), steep.state_dict())
+        )
+        torch.testing.assert_close(after, about + 1.5 * (before - about))
+    for mine, other in zip(plain.model.parameters(), steep.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
-    def gates(trainer: Trainer) -> list[torch.Tensor]:
-        names = [name for name, _ in trainer.model.named_parameters()]
-        both = (*trainer.model.parameters(), *trainer._average)
-        return [v for name, v in zip(names * 2, both, strict=True) if ".W_mb." in name]
 
-    with torch.no_grad():
-        for values in gates(trainer):
-            values.fill_(0.5)
-    for _ in range(2):
-        trainer.advance()
-    saved = copy.deepcopy(trainer.progress())
-    trainer.advance()
-    behind = trainer.progress()
-    again = [Trainer.resumed(progress, None) for progress in (saved, copy.deepcopy(behind))]
-    for resumed in again:
-        resumed.advance()
-    for values in (*gates(trainer), *gates(again[0]), *gates(again[1])):
-        torch.testing.assert_close(values, torch.full_like(values, 1.5), rtol=1e-4, atol=0.0)
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        ("sharpen = 0.5\nabout = [0.0, 0.0]", "gates: sharpen: found 0.5, expected 1 or more"),
+        ("sharpen = 2.0", "gates: about: found 0 values, expected 2, one a layer"),
+        ("sharpen = 2.0\nabout = ['x', 'y']", "gates: about: found 'x', expected a number"),
+    ],
+)
+def test_gates_that_a_recipe_cannot_have(gates: str, message: str) -> None:
+    with pytest.raises(armt.InvalidArgument, match=re.escape(message)):
+        recipe_of(2, f"{RECIPE}[gates]\n{gates}\n")
+
+
+def test_only_armt_has_gates() -> None:
+    text = STORIES.format(model='system = "rmt"\nwidth = 32\nlayers = 2\nheads = 2')
+    with pytest.raises(armt.InvalidArgument, match="gates: rmt has none"):
+        parse_recipe(text + "[gates]\nsharpen = 2.0\n")
 
 
 @pytest.mark.parametrize(

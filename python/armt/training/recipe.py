@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from armt.errors import InvalidArgument
 from armt.tasks.retrieval import Layout
@@ -23,6 +23,8 @@ TASKS: dict[str, type[StorySettings] | type[PairSettings]] = {
     "retrieval": PairSettings,
 }
 T = TypeVar("T")
+Signed: TypeAlias = float
+"""Other numbers of a recipe are 0 or more."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ class Beginning:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """How the memory's gates are saved: log odds x of layer i become about[i] + sharpen
+    (x - about[i]). Gates are wide open at facts and all but shut in a text that holds nothing; what
+    they let through there is little, but adds up over millions of tokens."""
+
+    sharpen: float = 1.0
+    about: tuple[Signed, ...] = ()
+    """Log odds at facts, a value a layer: these stay."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """A part of the training with batches of one size."""
 
@@ -82,9 +95,6 @@ class Stage:
     keep_quiet: float = 0.0
     """Weight of what is written into the memory in segments that hold nothing. Too early it teaches
     the memory to write nothing at all."""
-    sharpen: float = 1.0
-    """The log odds of the memory's gates are multiplied by this at the stage's beginning. What they
-    let through of a text that holds nothing is little, but adds up over millions of tokens."""
     task: StorySettings | PairSettings = field(default_factory=StorySettings)
 
     def rate(self, step: int) -> float:
@@ -107,6 +117,7 @@ class Recipe:
     material: Material = field(default_factory=Material)
     optimizer: Optimizing = field(default_factory=Optimizing)
     start: Beginning = field(default_factory=Beginning)
+    gates: Gates = field(default_factory=Gates)
 
     @property
     def steps(self) -> int:
@@ -155,11 +166,13 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
         ("material", Material),
         ("optimizer", Optimizing),
         ("start", Beginning),
+        ("gates", Gates),
     ):
         found[name] = _build(cls, found.get(name, {}), f"{where}: {name}")
     recipe = _build(Recipe, found, where)
     for number, stage in enumerate(recipe.stages, 1):
         _check(stage, recipe, f"{where}: stage {number}")
+    _check_gates(recipe, f"{where}: gates")
     return recipe
 
 
@@ -204,16 +217,22 @@ def _fitting(value: Any, wanted: str, where: str) -> Any:
         if not value or len(kinds) != len(value):
             raise InvalidArgument(f"{where}: found {len(value)} values, expected {wanted}")
         return tuple(_fitting(v, k, where) for v, k in zip(value, kinds, strict=True))
-    kinds_of: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    kinds_of: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "Signed": (int, float),
+        "str": (str,),
+    }
     if wanted in kinds_of:
         fits = isinstance(value, kinds_of[wanted]) and not isinstance(value, bool)
         if not fits:
-            raise InvalidArgument(f"{where}: found {value!r}, expected {wanted}")
+            name = "a number" if wanted == "Signed" else wanted
+            raise InvalidArgument(f"{where}: found {value!r}, expected {name}")
         if isinstance(value, str):
             return value
-        if value < 0:
+        if value < 0 and wanted != "Signed":
             raise InvalidArgument(f"{where}: found {value!r}, expected 0 or more")
-        return float(value) if wanted == "float" else value
+        return value if wanted == "int" else float(value)
     if wanted.startswith("Mapping") and not isinstance(value, dict):
         raise InvalidArgument(f"{where}: found {value!r}, expected a table")
     return value
@@ -223,12 +242,23 @@ def _check(stage: Stage, recipe: Recipe, where: str) -> None:
     for name in ("steps", "rows", "segments", "length", "asks"):
         if getattr(stage, name) < 1:
             raise InvalidArgument(f"{where}: {name}: found 0, expected 1 or more")
-    if stage.sharpen < 1:
-        raise InvalidArgument(f"{where}: sharpen: found {stage.sharpen}, expected 1 or more")
-    if stage.sharpen > 1 and recipe.model.get("system", "armt") != "armt":
-        raise InvalidArgument(f"{where}: sharpen: {recipe.model['system']} has no gates")
     if stage.length > recipe.segment_size:
         raise InvalidArgument(
             f"{where}: length: found {stage.length}, expected at most the segment_size "
             f"{recipe.segment_size}"
+        )
+
+
+def _check_gates(recipe: Recipe, where: str) -> None:
+    gates, system = recipe.gates, recipe.model.get("system", "armt")
+    if gates == Gates():
+        return
+    if system != "armt":
+        raise InvalidArgument(f"{where}: {system} has none")
+    if gates.sharpen < 1:
+        raise InvalidArgument(f"{where}: sharpen: found {gates.sharpen:g}, expected 1 or more")
+    layers = recipe.model.get("layers", 4)
+    if len(gates.about) != layers:
+        raise InvalidArgument(
+            f"{where}: about: found {len(gates.about)} values, expected {layers}, one a layer"
         )

@@ -109,8 +109,6 @@ class Trainer:
         number, inside = self.recipe.at(self.step)
         stage = self.recipe.stages[number]
         if number != self._stage:
-            if inside == 0:
-                self._sharpen(stage.sharpen)
             self._enter(number)
         assert self._feed is not None
         window = self._feed.next()
@@ -124,15 +122,6 @@ class Trainer:
         self._now.run(window)
         self.step += 1
         return window.tokens.size
-
-    def _sharpen(self, factor: float) -> None:
-        """Multiplies the log odds of all gates."""
-        names = [name for name, _ in self.model.named_parameters()]
-        with torch.no_grad():
-            for weights in (list(self.model.parameters()), self._average):
-                for name, values in zip(names, weights, strict=False):
-                    if ".W_mb." in name:
-                        values.mul_(factor)
 
     def _enter(self, number: int) -> None:
         """A stage's rows; those that an interrupted training left, where there are some."""
@@ -182,11 +171,17 @@ class Trainer:
         return Report(self.step, self._stage, sums[-3] / steps, sums[-2] / steps, right)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights to save: their running average, where one is kept."""
+        """The weights to save: their running average, where one is kept, with the gates that the
+        recipe wants."""
         found: dict[str, Tensor] = dict(self.model.state_dict())
         if self._average:
             names = [name for name, _ in self.model.named_parameters()]
             found |= dict(zip(names, self._average, strict=True))
+        sharpen = self.recipe.gates.sharpen
+        for layer, about in enumerate(self.recipe.gates.about):
+            gate = f"memory_cell.model.transformer.h.{layer}.W_mb"
+            found[f"{gate}.weight"] = sharpen * found[f"{gate}.weight"]
+            found[f"{gate}.bias"] = sharpen * found[f"{gate}.bias"] + (1 - sharpen) * about
         return found
 
     def config(self) -> dict[str, Any]:
