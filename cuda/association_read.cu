@@ -1,13 +1,14 @@
 // Reading the associative memory (docs/mathematics.md; arXiv 2407.04841, 2102.11174).
 //
 // Queries of all rows by one product; a warp a row turns them into features phi / (z . phi + 1e-5); then x += phi A.
+// Where most models' 16-bit queries have their features made, one kernel does both (association_query.cu).
 // Long cells of bfloat16: A is rounded into scratch, then the library multiplies. Otherwise: matrix instructions that
 // round A on their way (16 bits), or float32 throughout.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "association.cuh"
+#include "association_query.h"
 #include "check.h"
 #include "overlap.cuh"
 #include "tile_product.cuh"
@@ -183,6 +184,11 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
+// Whether one kernel for queries and features pays: its tiles of rows must fill the GPU.
+bool fills_with_queries(const Batch& batch, int processors) {
+  return 4 * query_tiles(batch) >= int64_t{3} * processors;
+}
+
 // What the library multiplies by: A of each written cell rounded to bfloat16, in the order of stacked weights (the last
 // group's cells first). 16 bytes of the result a thread and turn. grid: chunks, cells of a group, groups
 constexpr int kRoundTurns = 4;
@@ -213,7 +219,7 @@ __device__ inline void round_matrix(const Batch& batch, __nv_bfloat16* out, int6
              pack_pair<Half>(high[k].x, high[k].y), pack_pair<Half>(high[k].z, high[k].w)};
   }
 }
-// It needs nothing of the kernel before it, so it works beside that one.
+// It needs nothing of the kernel before it, so it works beside that one (which lets it start when all before is done).
 __global__ void round_matrices(Batch batch, __nv_bfloat16* out, int64_t packs) {
   round_matrix(batch, out, packs);
   wait_for_kernel_before();
@@ -263,28 +269,43 @@ void CudaBackend::memory_read(Groups groups, const Rows& x) {
   const MemoryShape shape = shape_of(config_, padded_features(), write_width());
   CudaScratch& scratch = *active_.scratch;
   const bool exact = dtype_ == DType::f32;
-  const int64_t d_mem = config_.memory.d_mem;
-  int64_t rows = 0, all_rows = 0;
-  std::vector<Span> spans;
+  int64_t rows = 0, all_rows = 0, x_rows = 0, stacks = 0;
   for (const DevGroup& group : part.groups) {
-    spans.push_back(
-        {.stack = group.stack, .in_row = row_index(group, x), .out_row = group.scratch, .rows = group.rows});
+    x_rows = std::max(x_rows, row_index(group, x) + group.rows);
+    stacks = std::max<int64_t>(stacks, group.stack + 1);
     rows = std::max(rows, group.scratch + group.rows);
     all_rows += group.rows;
   }
-  grow(arena_, scratch.read_query, rows * d_mem * 4);
   grow(arena_, scratch.read_phi, rows * shape.heads * shape.padded * (exact ? 4 : 2));
-  const Operands operands = {.weight = matrices_[static_cast<size_t>(Matrix::mem_query)].data(),
-                             .weight_stride = d_mem * x.width,
-                             .cols = d_mem,
-                             .depth = x.width};
-  Product base;
-  base.type = dtype_;
-  base.in = x.data;
-  base.ld_in = x.width;
-  base.out = scratch.read_query.data();
-  base.ld_out = d_mem;
-  products(std::move(spans), operands, base);
+  const char* weights = matrices_[static_cast<size_t>(Matrix::mem_query)].data();
+  const bool in_one = makes_query_features(dtype_, shape) && fills_with_queries(batch, processors_);
+  if (in_one) {
+    launch_query_features(dtype_,
+                          {.batch = batch,
+                           .x = view(x),
+                           .weights = weights,
+                           .x_rows = x_rows,
+                           .weight_rows = stacks * shape.keys,
+                           .phi = scratch.read_phi.as<__nv_bfloat16>(),
+                           .shape = shape},
+                          stream());
+  } else {
+    const int64_t d_mem = config_.memory.d_mem;
+    grow(arena_, scratch.read_query, rows * d_mem * 4);
+    std::vector<Span> spans;
+    for (const DevGroup& group : part.groups) {
+      spans.push_back(
+          {.stack = group.stack, .in_row = row_index(group, x), .out_row = group.scratch, .rows = group.rows});
+    }
+    const Operands operands = {.weight = weights, .weight_stride = d_mem * x.width, .cols = d_mem, .depth = x.width};
+    Product base;
+    base.type = dtype_;
+    base.in = x.data;
+    base.ld_in = x.width;
+    base.out = scratch.read_query.data();
+    base.ld_out = d_mem;
+    products(std::move(spans), operands, base);
+  }
 
   const dim3 grid(static_cast<unsigned>(ceil_div(batch.max_group_rows, kFeatureWarps)), batch.group_count);
   const auto bytes = static_cast<unsigned>(kFeatureWarps * 2 * shape.keys * sizeof(float));
@@ -301,8 +322,10 @@ void CudaBackend::memory_read(Groups groups, const Rows& x) {
     return;
   }
   auto* phi = scratch.read_phi.as<__nv_bfloat16>();
-  launch_overlapped(read_features<__nv_bfloat16>, grid, dim3(kFeatureWarps * 32), bytes, stream(), batch, queries, phi,
-                    shape);
+  if (!in_one) {
+    launch_overlapped(read_features<__nv_bfloat16>, grid, dim3(kFeatureWarps * 32), bytes, stream(), batch, queries,
+                      phi, shape);
+  }
   if (dtype_ != DType::bf16 || !long_cells(shape, batch, all_rows)) {
     const auto tiles = static_cast<int>(ceil_div(shape.values, 128));
     const dim3 blocks(tiles * shape.heads, static_cast<unsigned>(ceil_div(batch.max_cell_rows, 128)), batch.cell_count);

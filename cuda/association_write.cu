@@ -2,11 +2,13 @@
 //
 // Key, value and gate of the memory rows by one product; features, denominators, gamma and beta by a warp a row;
 // delta = beta (v - phi A / den); A' = A + phi^T delta; z' = z + sum gamma phi. 16-bit models with up to 128 memory
-// tokens make both products in one kernel (association_update.cuh); others by tile_product.cuh.
+// tokens make both later products in one kernel (association_update.cuh), with up to 16 the features as well
+// (association_few.cu); others by tile_product.cuh.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "association_few.h"
 #include "association_update.cuh"
 #include "check.h"
 #include "overlap.cuh"
@@ -280,9 +282,13 @@ void CudaBackend::memory_write(Groups groups, const Rows& x) {
   const MemoryShape shape = shape_of(config_, padded_features(), write_width());
   CudaScratch& scratch = *active_.scratch;
   const int64_t count = config_.memory.memory_tokens, rows = writers * count;
+  const float* bias = vectors_[static_cast<size_t>(Vector::mem_gate_bias)].as<float>();
+  const bool few = writes_few(dtype_, shape, count);
   grow(arena_, scratch.write_raw, rows * shape.raw * 4);
-  grow(arena_, scratch.write_phi, rows * shape.heads * shape.padded * 4);
-  grow(arena_, scratch.write_coef, rows * shape.heads * kCoefs * 4);
+  if (!few) {
+    grow(arena_, scratch.write_phi, rows * shape.heads * shape.padded * 4);
+    grow(arena_, scratch.write_coef, rows * shape.heads * kCoefs * 4);
+  }
   const bool in_one = dtype_ != DType::f32 && updates_in_one(shape, count);
   if (!in_one) grow(arena_, scratch.write_delta, rows * shape.width * 4);
   if (!alone) {
@@ -316,10 +322,13 @@ void CudaBackend::memory_write(Groups groups, const Rows& x) {
   products(std::move(spans), operands, base);
 
   auto* raw = scratch.write_raw.as<float>();
+  if (few) {
+    launch_few_write({.batch = batch, .raw = raw, .bias = bias, .shape = shape}, stream());
+    return;
+  }
   auto* phi = scratch.write_phi.as<float>();
   auto* coef = scratch.write_coef.as<float>();
   const WriteRows write = {.raw = raw, .phi = phi, .coef = coef, .delta = scratch.write_delta.as<float>()};
-  const float* bias = vectors_[static_cast<size_t>(Vector::mem_gate_bias)].as<float>();
   const auto bytes = static_cast<unsigned>(kFeatureWarps * 2 * shape.keys * sizeof(float));
   const dim3 grid(static_cast<unsigned>(ceil_div(count, kFeatureWarps)), batch.cell_count);
   const bool exact = dtype_ == DType::f32;

@@ -7,13 +7,10 @@
 
 namespace armt::cuda {
 
-void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
-  const Entry entry(*this);
-  const Part part = part_of(groups);
-  if (part.batch.max_cell_rows == 0) return;
+AttendArgs CudaBackend::attend_args(const Batch& batch, const Rows& qkv, const Rows& context) const {
   const DecoderConfig& decoder = config_.decoder;
   AttendArgs args;
-  args.batch = part.batch;
+  args.batch = batch;
   args.qkv = view(qkv);
   args.context = view(context);
   args.angles = active_.workspace->angles.as<float2>();
@@ -29,6 +26,14 @@ void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
       decoder.attention_scale > 0.0 ? decoder.attention_scale : 1.0 / std::sqrt(static_cast<double>(decoder.head_dim)));
   args.by_layer = decoder.scale_by_inverse_layer;
   args.eps = static_cast<float>(decoder.norm_eps);
+  return args;
+}
+
+void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
+  const Entry entry(*this);
+  const Part part = part_of(groups);
+  if (part.batch.max_cell_rows == 0) return;
+  AttendArgs args = attend_args(part.batch, qkv, context);
 
   constexpr int kFewRows = 4, kFewRowsOfShort = 16, kShort = 256;
   const int few = args.batch.max_keys <= kShort ? kFewRowsOfShort : kFewRows;

@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(warps * 32, dim <= 64 ? 16 / warps : 1) flash_
           multiply_add<T>(scores[2 * n + 1], query, b[2], b[3]);
         }
       }
-      if (!tile.full) Softmax<dim>::mask(scores, cell, walk, tile, sights);
+      const bool by_row = tile.previous ? walk.masks_prev : walk.masks_cur;
+      if (!tile.full) Softmax<dim>::mask(scores, cell, by_row, tile, sights);
       float keep[2];
       softmax.weigh(scores, scale, keep);
       softmax.shrink(keep);

@@ -143,52 +143,78 @@ __device__ Pack<T> load_chunk(const T* row, int d, int c) {
   return pack;
 }
 
-// Query rows of the block: [RMS norm], rotation. By all threads; ends with a barrier.
-template <class T, class Place, int rows, int dim>
+// Threads that load rows together.
+struct WholeBlock {
+  __device__ static int thread() { return static_cast<int>(threadIdx.x); }
+  __device__ static int threads() { return static_cast<int>(blockDim.x); }
+  __device__ static void sync() { __syncthreads(); }
+};
+
+// `rows` query rows: [RMS norm], rotation. By all threads of the team; ends with its barrier.
+template <class T, class Place, int rows, int dim, class Team = WholeBlock>
 __device__ void load_queries(const AttendArgs& args, const DevCell& cell, int first, int head, T* queries) {
-  const int c = args.head_dim, threads = blockDim.x;
+  const int c = args.head_dim, threads = Team::threads();
   if (c == dim && args.q_norm == nullptr && 2 * args.half == c) {
-    // A thread turns 8 columns of the first half with their partners in the second.
-    constexpr int kChunks = dim / 16;
+    // A thread turns 8 columns of the first half with their partners in the second; it loads for some at once.
+    constexpr int kChunks = dim / 16, kAtOnce = 3;
 #pragma unroll
-    for (int i = threadIdx.x; i < rows * kChunks; i += threads) {
-      const int r = i / kChunks, d = i % kChunks * 8;
-      Pack<T> a{}, b{};
-      if (first + r < cell.rows) {
+    for (int begin = Team::thread(); begin < rows * kChunks; begin += kAtOnce * threads) {
+      Pack<T> a[kAtOnce]{}, b[kAtOnce]{};
+      float4 turns[kAtOnce][4]{};  // cosine, sine, cosine, sine
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = begin + j * threads, r = i / kChunks, d = i % kChunks * 8;
+        if (r >= rows || first + r >= cell.rows) continue;
         const T* in = row_of<T>(args.qkv, cell, first + r) + head * c;
+        a[j] = *reinterpret_cast<const Pack<T>*>(in + d);
+        b[j] = *reinterpret_cast<const Pack<T>*>(in + d + dim / 2);
         const int64_t angle = args.batch.rows[cell.row + first + r].angle;
-        const auto* turns = reinterpret_cast<const float4*>(args.angles + angle * args.half + d);
-        a = load_chunk(in, d, c);
-        b = load_chunk(in, d + dim / 2, c);
+        const auto* from = reinterpret_cast<const float4*>(args.angles + angle * args.half + d);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) turns[j][k] = from[k];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = begin + j * threads, r = i / kChunks, d = i % kChunks * 8;
+        if (r >= rows) continue;
 #pragma unroll
         for (int k = 0; k < 8; k += 2) {
-          const float4 two = turns[k / 2];  // cosine, sine, cosine, sine
-          const float x0 = to_float(a.v[k]), y0 = to_float(b.v[k]);
-          const float x1 = to_float(a.v[k + 1]), y1 = to_float(b.v[k + 1]);
-          a.v[k] = from_float<T>(x0 * two.x - y0 * two.y);
-          b.v[k] = from_float<T>(y0 * two.x + x0 * two.y);
-          a.v[k + 1] = from_float<T>(x1 * two.z - y1 * two.w);
-          b.v[k + 1] = from_float<T>(y1 * two.z + x1 * two.w);
+          const float4 two = turns[j][k / 2];
+          const float x0 = to_float(a[j].v[k]), y0 = to_float(b[j].v[k]);
+          const float x1 = to_float(a[j].v[k + 1]), y1 = to_float(b[j].v[k + 1]);
+          a[j].v[k] = from_float<T>(x0 * two.x - y0 * two.y);
+          b[j].v[k] = from_float<T>(y0 * two.x + x0 * two.y);
+          a[j].v[k + 1] = from_float<T>(x1 * two.z - y1 * two.w);
+          b[j].v[k + 1] = from_float<T>(y1 * two.z + x1 * two.w);
         }
+        *reinterpret_cast<Pack<T>*>(queries + Place::at(r, d)) = a[j];
+        *reinterpret_cast<Pack<T>*>(queries + Place::at(r, d + dim / 2)) = b[j];
       }
-      *reinterpret_cast<Pack<T>*>(queries + Place::at(r, d)) = a;
-      *reinterpret_cast<Pack<T>*>(queries + Place::at(r, d + dim / 2)) = b;
     }
-    __syncthreads();
+    Team::sync();
     return;
   }
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows * (dim / 8); i += threads) {
-    const int r = i / (dim / 8), d = i % (dim / 8) * 8;
-    Pack<T> pack{};
-    if (first + r < cell.rows) pack = load_chunk(row_of<T>(args.qkv, cell, first + r) + head * c, d, c);
-    *reinterpret_cast<Pack<T>*>(queries + Place::at(r, d)) = pack;
+  constexpr int kAtOnce = 6;
+#pragma unroll 1
+  for (int begin = Team::thread(); begin < rows * (dim / 8); begin += kAtOnce * threads) {
+    Pack<T> packs[kAtOnce]{};
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * threads, r = i / (dim / 8), d = i % (dim / 8) * 8;
+      if (r >= rows || first + r >= cell.rows) continue;
+      packs[j] = load_chunk(row_of<T>(args.qkv, cell, first + r) + head * c, d, c);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * threads, r = i / (dim / 8), d = i % (dim / 8) * 8;
+      if (r < rows) *reinterpret_cast<Pack<T>*>(queries + Place::at(r, d)) = packs[j];
+    }
   }
-  __syncthreads();
+  Team::sync();
   if (args.half == 0 && args.q_norm == nullptr) return;
   const int lane = threadIdx.x % 32;
   const float* weight = args.q_norm != nullptr ? args.q_norm + static_cast<int64_t>(cell.stack) * c : nullptr;
-  for (int r = threadIdx.x / 32; r < rows && first + r < cell.rows; r += threads / 32) {
+  for (int r = Team::thread() / 32; r < rows && first + r < cell.rows; r += threads / 32) {
     float scale = 1.0f;
     const auto at = [&](int d) -> T& { return queries[Place::at(r, d)]; };
     if (weight != nullptr) {
@@ -206,7 +232,7 @@ __device__ void load_queries(const AttendArgs& args, const DevCell& cell, int fi
     if (weight == nullptr) continue;
     for (int d = 2 * args.half + lane; d < c; d += 32) at(d) = from_float<T>(value(d));
   }
-  __syncthreads();
+  Team::sync();
 }
 
 // Starts the copy of one tile of keys and values; rows behind its cache's end become zero.
@@ -231,6 +257,14 @@ __device__ inline float power_of_two(float x) {
   return y;
 }
 
+// One over the sum of a row's weights, of which each of four neighbouring threads has a part; zero where there are
+// none.
+__device__ inline float inverse_of_sum(float part) {
+  part += __shfl_xor_sync(0xffffffffu, part, 1);
+  part += __shfl_xor_sync(0xffffffffu, part, 2);
+  return part > 0.0f ? 1.0f / part : 0.0f;
+}
+
 // Running softmax of a thread's two rows, with `dim` columns of the output.
 template <int dim>
 struct Softmax {
@@ -238,11 +272,12 @@ struct Softmax {
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 
   // Scores that are not seen become -infinity. Bit n of seen[i][e] tells of row i, column n * 8 + e of the thread's.
-  __device__ static void mask(Scores& scores, const DevCell& cell, const Walk& walk, const Tile& tile,
+  // `by_row`: what a row sees of the cache is more than a range.
+  __device__ static void mask(Scores& scores, const DevCell& cell, bool by_row, const Tile& tile,
                               const Sight (&sights)[2]) {
     const int first = tile.begin + threadIdx.x % 4 * 2;
     uint32_t seen[2][2];
-    if (!(tile.previous ? walk.masks_prev : walk.masks_cur)) {
+    if (!by_row) {
       const auto below = [&](int col) { return (1u << min(max((col - first + 7) >> 3, 0), kTile / 8)) - 1; };
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -323,16 +358,13 @@ struct Softmax {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = total[i];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float scale = inverse_of_sum(total[i]);
       if (rows[i] >= cell.rows) continue;
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
       T* to = row_of<T>(args.context, cell, rows[i]) + head * args.head_dim;
 #pragma unroll
       for (int n = 0; n < dim / 8; ++n) {
         const int d = n * 8 + lane % 4 * 2;
-        const float a = out[n][2 * i] * inverse, b = out[n][2 * i + 1] * inverse;
+        const float a = out[n][2 * i] * scale, b = out[n][2 * i + 1] * scale;
         if (args.head_dim % 2 == 0) {
           if (d < args.head_dim) *reinterpret_cast<uint32_t*>(to + d) = pack_pair<T>(a, b);
         } else {

@@ -22,6 +22,7 @@
 
 namespace armt::cuda {
 
+struct AttendArgs;
 struct CudaWorkspace;
 struct CudaScratch;
 
@@ -175,6 +176,9 @@ class CudaBackend : public Backend {
   bool fp8_norm(Vector which, const Part& part, const Rows& in, const Rows& out);
   bool fp8_linear(Matrix which, const Part& part, const Rows& in, const Rows& out, Epilogue epilogue, int64_t c0,
                   int64_t c1);
+  AttendArgs attend_args(const Batch& batch, const Rows& qkv, const Rows& context) const;
+  // One row through all layers in one kernel; false where its kernel does not serve.
+  bool decode_wave(CudaWorkspace& workspace, Groups layers);
   ReplayKey replay_key(const CudaWorkspace& workspace, Groups layers) const;
   cudaGraphExec_t record(const std::function<void()>& enqueue);
   void forget_replays() noexcept;

@@ -19,14 +19,17 @@ __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ inline void arrive(uint64_t& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(&barrier)) : "memory");
+  arrive(address_of(&barrier));
 }
 __device__ inline void expect_bytes(uint64_t& barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes)
                : "memory");
 }
-__device__ inline void wait_for(uint64_t& barrier, int parity) {
+__device__ inline void wait_for(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -35,9 +38,12 @@ __device__ inline void wait_for(uint64_t& barrier, int parity) {
       "@done bra out;\n"
       "bra again;\n"
       "out:\n"
-      "}\n" ::"r"(address_of(&barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ inline void wait_for(uint64_t& barrier, int parity) {
+  wait_for(address_of(&barrier), parity);
 }
 
 // `bytes` (a multiple of 16) in one piece.

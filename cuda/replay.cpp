@@ -67,6 +67,7 @@ void CudaBackend::run_wave(Workspace& workspace, Groups layers,
   build_table(wave_table_, layers, std::vector<int64_t>(layers.size(), 0), ws.row_meta.as<DevRow>(), main_.stream);
   for (int32_t& keys : wave_table_.cell_keys) keys = (keys + kKeyStep - 1) / kKeyStep * kKeyStep;
   active_ = {.workspace = &ws, .scratch = &ws.main, .lane = &main_, .whole = &wave_table_};
+  if (decode_wave(ws, layers)) return;
   const int64_t width = config_.decoder.d_model;
   active_.few = dtype_ != DType::f32 &&
                 few_fits({.rows = layers.front().row_count, .cols = width, .depth = width, .ld_in = width});

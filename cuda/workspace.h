@@ -23,6 +23,8 @@ struct CudaScratch {
   DeviceBuffer write_delta;  // [W, D] float32: beta (v - old)
   DeviceBuffer partial;      // attention of few rows: shares of the sums
   DeviceBuffer counters;     // and how many shares are done
+  DeviceBuffer decode;       // one row through all layers: what its blocks tell each other
+  DeviceBuffer arrivals;     // and their barrier
 };
 
 struct CudaWorkspace : Workspace {

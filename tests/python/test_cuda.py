@@ -269,6 +269,49 @@ def test_wide_bfloat16_equals_cpu(
     case_report(variant.name, f"bf16 {schedule}{' padded' if padded else ''}", errors)
 
 
+# One row through all layers in one kernel (Hopper GPUs): the heads and widths that it takes.
+DECODED = [
+    *(v for v in WIDE if v.name in ("wide-paper-gpt2", "wide-far-llama", "wide-far-qwen3")),
+    Variant("decoded-inner", "llama", "modern-inner", _WIDE_LLAMA | {"head_dim": 16}, _LONG),
+    Variant(
+        "decoded-sink",
+        "llama",
+        "modern",
+        _WIDE_LLAMA | {"hidden_size": 160, "head_dim": 64},
+        _LONG | {"n_heads": 4, "use_sink": True, "sliding_window": True},
+    ),
+    Variant(
+        "decoded-rmt",
+        "llama",
+        "rmt",
+        _WIDE_LLAMA | {"head_dim": 64},
+        {"segment_size": 150, "num_mem_tokens": 20},
+    ),
+]
+
+
+@pytest.mark.parametrize("variant", DECODED, ids=lambda v: v.name)
+@HALVES
+@pytest.mark.parametrize("prompt", [40, 420])
+def test_decoding_equals_cpu(
+    zoo: Zoo, variant: Variant, dtype: str, prompt: int, case_report: CaseReport
+) -> None:
+    """Single tokens, some of them behind a written memory, across the end of a segment too."""
+    ids = zoo.model(variant, "BF16").tokens((1, prompt + 40), seed=8)[0]
+    found = []
+    for device, kind in (("cpu", "bfloat16"), ("cuda", dtype), ("cuda", dtype)):
+        session = on(device, zoo, variant, weights="BF16", dtype=kind).session()
+        session.feed(ids[:prompt])
+        parts = [session.feed(ids[i : i + 1], logits="all").logits for i in range(prompt, len(ids))]
+        found.append(np.concatenate([part for part in parts if part is not None]))
+    exact, one, other = found
+    np.testing.assert_array_equal(one, other)
+    rms = float(np.sqrt(np.mean((one - exact) ** 2)) / np.abs(exact).max())
+    case_report(variant.name, f"decode {dtype} {prompt}", {"rms": rms})
+    assert rms <= tolerance("cuda_engine_rms", "bfloat16").relative
+    assert_close("logits", one, exact, tolerance("cuda_engine", "bfloat16"))
+
+
 # ------------------------------------------------------------------ sessions
 
 
