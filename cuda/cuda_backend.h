@@ -82,7 +82,7 @@ class CudaBackend : public Backend {
   void logits(const Rows& hidden, int64_t first, int64_t count, float* out) override;
   void logits(const Rows& hidden, int64_t first, int64_t count, Block& out, int64_t offset) override;
   bool chooses() const override { return true; }
-  void greatest(const Rows& hidden, int64_t first, int64_t count, int32_t* tokens, float* logprobs) override;
+  void choose(const Rows& hidden, int64_t first, std::span<const Draw> draws, Choice* choices) override;
   void save_rows(const Rows& from, int64_t first, int64_t count, Block& to) override;
   void load_rows(const Block& from, int64_t count, const Rows& to, int64_t first) override;
 
@@ -207,9 +207,10 @@ class CudaBackend : public Backend {
   Staging staging_;
   void* pinned_ = nullptr;  // results on their way to the host
   int64_t pinned_bytes_ = 0;
-  DeviceBuffer logits_memory_, chosen_, choice_shares_;
-  DeviceBuffer ranges_;         // of count_nonfinite()
-  int64_t unchecked_rows_ = 0;  // entered since the stream was last waited for
+  DeviceBuffer logits_memory_, chosen_;
+  DeviceBuffer draws_, choice_rows_, choice_bins_, choice_lists_;  // of choose()
+  DeviceBuffer ranges_;                                            // of count_nonfinite()
+  int64_t unchecked_rows_ = 0;                                     // entered since the stream was last waited for
 
   // [layers reversed][out][in]; mem_key, mem_value and mem_gate share one: [layers reversed][d_mem + D + gate][D].
   DeviceBuffer matrices_[static_cast<size_t>(Matrix::count)];

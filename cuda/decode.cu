@@ -264,18 +264,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       own.add(memory_read.read(cell.memory));
       grid.arrive();
     }
-    const auto bias = [&](int which, int side) {
-      return bias_of<T>(args.products[which], columns[which], stack, side);
-    };
-    const auto mine = [&](int which) { return thread < columns[which].count; };
-
 #pragma unroll 1
     for (int which = 0; which < Args::kProducts; ++which) {
       const DecodeProduct& product = args.products[which];
       const Columns mine = columns[which];
       const bool normed = which == Args::kQkv || which == Args::kUp;
       if (normed) norm.begin(args, args.norms[which == Args::kUp], stack);
-      if (which == Args::kDown) begin_read(layer + 1);
+      // Asked for a phase before they are needed: when a phase has emptied the ring, requests wait for its filling.
+      if (which == Args::kQkv && attention.takes_part()) attention.begin(cell);
+      if (which == Args::kUp) begin_read(layer + 1);
       const float bias = bias_of<T>(product, mine, stack, 0), other = bias_of<T>(product, mine, stack, 1);
       grid.wait();
       if (normed) {
@@ -306,7 +303,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       }
       grid.arrive();
       if (which != Args::kQkv) continue;
-      if (attention.takes_part()) attention.begin(cell);
       grid.wait();
       if (attention.takes_part()) attention.run(cell);
       grid.arrive();

@@ -11,7 +11,7 @@ constexpr int kDecodeWarps = 8, kDecodeThreads = kDecodeWarps * 32;
 constexpr int kDecodePack = 8;                                 // elements that a lane handles together
 constexpr int kDecodePasses = 8;                               // packs of a slab that a lane has at most
 constexpr int kDecodeSlab = 32 * kDecodePack * kDecodePasses;  // elements of a slab at most
-constexpr int kDecodeMostStages = 16;
+constexpr int kDecodeMostStages = 4;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -46,24 +46,28 @@ __device__ inline void widen(const Pack<__half>& pack, float (&to)[8]) {
   for (int i = 0; i < 8; ++i) to[i] = to_float(pack.v[i]);
 }
 
-// All blocks are resident (one a multiprocessor, a cooperative launch), so they may wait for each other.
+// All blocks are resident (one a multiprocessor, a cooperative launch), so they may wait for each other. They are
+// counted in parts, in lines of their own: additions to one line wait for each other.
 class Grid {
  public:
-  __device__ explicit Grid(unsigned* counters) : counters_(counters) {}
+  __device__ explicit Grid(unsigned* counters) : counters_(counters) {
+    const unsigned part = threadIdx.x % kDecodeParts;
+    blocks_ = (gridDim.x + kDecodeParts - 1 - part) / kDecodeParts;
+  }
 
   // By all threads: what the block wrote is there for those that wait.
   __device__ void arrive() {
     __syncthreads();
-    awaited_ += gridDim.x;
+    awaited_ += blocks_;
     if (threadIdx.x != 0) return;
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counters_) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter(blockIdx.x % kDecodeParts)) : "memory");
   }
   __device__ void wait() {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < kDecodeParts) {
       unsigned arrived;
       do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counters_) : "memory");
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter(threadIdx.x)) : "memory");
       } while (arrived < awaited_);
     }
     __syncthreads();
@@ -71,14 +75,15 @@ class Grid {
   // The last block to leave makes the counters zero for the next kernel.
   __device__ void leave() {
     if (threadIdx.x != 0) return;
-    if (atomicAdd(counters_ + 1, 1u) != gridDim.x - 1) return;
-    counters_[0] = 0;
-    counters_[1] = 0;
+    if (atomicAdd(counter(kDecodeParts), 1u) != gridDim.x - 1) return;
+    for (int part = 0; part <= kDecodeParts; ++part) *counter(part) = 0;
   }
 
  private:
+  __device__ unsigned* counter(int part) const { return counters_ + part * kDecodeCounterStep; }
+
   unsigned* counters_;
-  unsigned awaited_ = 0;
+  unsigned blocks_, awaited_ = 0;  // of this thread's part
 };
 
 // The columns of a product that a block makes.

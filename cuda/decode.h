@@ -11,6 +11,9 @@
 
 namespace armt::cuda {
 
+// The barrier counts blocks in parts; each counter has a line of its own.
+constexpr int kDecodeParts = 4, kDecodeCounterStep = 32, kDecodeCounters = (kDecodeParts + 1) * kDecodeCounterStep;
+
 // One of the block's dense layers, in all layers' stacked weights [layers reversed][sides * cols][depth].
 struct DecodeProduct {
   const void* weight = nullptr;
@@ -44,7 +47,7 @@ struct DecodeArgs {
   int slot = 0, stages = 0;  // of the ring: bytes of a warp's slab at most, stages
   bool ragged = false;       // slabs end within a pass
   int depth = 0;             // the deepest product
-  // Device memory of this kernel's own; `counters` (two) are zero between calls.
+  // Device memory of this kernel's own; `counters` (kDecodeCounters) are zero between calls.
   void* x = nullptr;  // the residual row
   void* qkv = nullptr;
   void* ff = nullptr;

@@ -33,9 +33,6 @@ class DecodeMemory {
     }
   }
 
-  __device__ int first() const { return first_; }
-  __device__ int count() const { return count_; }
-
   // Asks for the layer's query weights of the block's columns.
   __device__ void begin_query(int stack) {
     const int chunks = args_.own / 8;

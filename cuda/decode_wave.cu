@@ -60,7 +60,7 @@ bool CudaBackend::decode_wave(CudaWorkspace& ws, Groups layers) {
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   grow(arena_, scratch.decode, aligned(room.sums) + aligned(room.totals) + room.queries);
   if (scratch.arrivals.data() == nullptr) {  // zero again after each launch
-    grow(arena_, scratch.arrivals, 2 * static_cast<int64_t>(sizeof(unsigned)));
+    grow(arena_, scratch.arrivals, kDecodeCounters * static_cast<int64_t>(sizeof(unsigned)));
     check(cudaMemsetAsync(scratch.arrivals.data(), 0, static_cast<size_t>(scratch.arrivals.bytes()), main_.stream),
           "cudaMemsetAsync");
   }

@@ -25,8 +25,8 @@ version=$(compute-sanitizer --version | grep -oE "[0-9]{4}\.[0-9]+" | head -1)
 echo "compute-sanitizer $version"
 models=${SANITIZER_MODELS:-$(seq 0 $(($(python3 tests/cuda_small.py --count) - 1)))} || exit 2
 shared=(few_kernel flash_kernel hopper_kernel norm_kernel few_product_kernel stream_kernel simple_kernel greatest_kernel
-  read_features read_exact read_mma write_features write_update write_delta write_matrix write_rest gated_kernel
-  fp8_kernel quantise)
+  bins_kernel likelihood_kernel draw_kernel read_features read_exact read_mma write_features write_update write_delta
+  write_matrix write_rest write_few read_queries decode_kernel gated_kernel fp8_kernel quantise)
 
 # check TOOL MODEL NAME OPTION...
 check() {

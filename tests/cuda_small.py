@@ -31,7 +31,13 @@ _SEGMENTS = {"segment_size": 140, "num_mem_tokens": 20, "d_mem": 32}
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("llama", "paper", _LLAMA, {}, {"dtype": "bfloat16"}),
     ("llama", "modern", _LLAMA, {"n_heads": 2, "sliding_window": True}, {"dtype": "float32"}),
-    ("gpt2", "paper", _GPT2, {"wrap_pos": True}, {"dtype": "float16"}),
+    (
+        "gpt2",
+        "paper",
+        _GPT2,
+        {"wrap_pos": True, "d_mem": 64, "num_mem_tokens": 16},
+        {"dtype": "float16"},
+    ),
     (
         "llama",
         "modern",
@@ -58,6 +64,8 @@ def run(base: str, dialect: str, sizes: Any, memory: Any, options: Any, folder: 
     ids = rng.integers(0, engine.vocab_size, (2, 450))
     engine.feed_many([(first, ids[0]), (second, ids[1, :300])], logits="last")
     list(first.generate(6))
+    list(first.generate(2, temperature=0.8, seed=1))
+    list(first.generate(2, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=1))
     fork = first.fork()
     fork.feed(ids[1, :9], logits="all")
     restored = engine.session(state=armt.State.from_bytes(first.state.to_bytes()))

@@ -188,6 +188,18 @@ struct Workspace {
   virtual ~Workspace() = default;
 };
 
+// How a row's next token is chosen; engine/sampler.h says what the settings mean.
+struct Draw {
+  double temperature = 0.0;
+  double top_p = 1.0, min_p = 0.0;
+  double u = 0.0;  // uniform number in [0, 1); temperature 0 needs none
+  int64_t top_k = 0;
+};
+struct Choice {
+  int32_t token = 0;
+  double logprob = 0;  // log softmax of the model's own logits, before any setting
+};
+
 enum class Epilogue : uint8_t {
   none,      // out = in W^T + bias
   add,       // out += in W^T + bias
@@ -281,12 +293,12 @@ class Backend {
   virtual void logits(const Rows& hidden, int64_t first, int64_t count, float* out) = 0;
   // The same to byte `offset` of a block.
   virtual void logits(const Rows& hidden, int64_t first, int64_t count, Block& out, int64_t offset) = 0;
-  // Whether greatest() is there; otherwise the host chooses from logits().
+  // Whether choose() is there; otherwise the host chooses from logits().
   virtual bool chooses() const { return false; }
-  // Of each of those rows: the token with the greatest logit (the lowest id among equals) and its log softmax.
-  virtual void greatest([[maybe_unused]] const Rows& hidden, [[maybe_unused]] int64_t first,
-                        [[maybe_unused]] int64_t count, [[maybe_unused]] int32_t* tokens,
-                        [[maybe_unused]] float* logprobs) {}
+  // Of each row from `first` on (as many as `draws`) what choose_token() chooses without a repetition penalty; sums may
+  // differ from its own by 1e-9 of their size.
+  virtual void choose([[maybe_unused]] const Rows& hidden, [[maybe_unused]] int64_t first,
+                      [[maybe_unused]] std::span<const Draw> draws, [[maybe_unused]] Choice* choices) {}
   // Rows first .. first+count-1 (from the origin) to and from a block of float32 [count, D].
   virtual void save_rows(const Rows& from, int64_t first, int64_t count, Block& to) = 0;
   virtual void load_rows(const Block& from, int64_t count, const Rows& to, int64_t first) = 0;

@@ -41,6 +41,22 @@ _WIDE_LLAMA = {
 }
 _WIDE_GPT2 = {"n_embd": 192, "n_layer": 3, "n_head": 3, "n_positions": 512}
 _LONG = {"segment_size": 150, "num_mem_tokens": 20, "d_mem": 40}
+FEW = [
+    Variant(
+        "few-paper-gpt2",
+        "gpt2",
+        "paper",
+        _WIDE_GPT2,
+        {"segment_size": 150, "num_mem_tokens": 16, "d_mem": 64, "wrap_pos": True},
+    ),
+    Variant(
+        "few-modern-llama",
+        "llama",
+        "modern",
+        _WIDE_LLAMA | {"hidden_size": 160},
+        {"segment_size": 150, "num_mem_tokens": 5, "d_mem": 64, "sliding_window": True},
+    ),
+]
 WIDE = [
     Variant("wide-paper-gpt2", "gpt2", "paper", _WIDE_GPT2, _LONG | {"wrap_pos": True}),
     Variant("wide-paper-llama", "llama", "paper", _WIDE_LLAMA, _LONG),
@@ -90,6 +106,8 @@ WIDE = [
         _WIDE_LLAMA | {"head_dim": 160},
         {"segment_size": 150, "num_mem_tokens": 20},
     ),
+    # Memories of the size for which reads and writes have kernels of their own.
+    *FEW,
 ]
 WIDE_VARIANT = pytest.mark.parametrize("variant", WIDE, ids=lambda v: v.name)
 
@@ -269,8 +287,23 @@ def test_wide_bfloat16_equals_cpu(
     case_report(variant.name, f"bf16 {schedule}{' padded' if padded else ''}", errors)
 
 
+@pytest.mark.parametrize("variant", FEW, ids=lambda v: v.name)
+@HALVES
+def test_many_streams_equal_cpu(
+    zoo: Zoo, variant: Variant, dtype: str, case_report: CaseReport
+) -> None:
+    """So many that a kernel over the queries of all fills the GPU."""
+    ids = zoo.model(variant, "BF16").tokens((48, 330), seed=9)
+    cpu = on("cpu", zoo, variant, weights="BF16", dtype="bfloat16")
+    cuda = on("cuda", zoo, variant, weights="BF16", dtype=dtype)
+    errors = compare_engines(cpu, cuda, ids, None, fixed("bfloat16"))
+    assert errors["rms"] <= tolerance("cuda_engine_rms", "bfloat16").relative
+    case_report(variant.name, f"{dtype}, 48 streams", errors)
+
+
 # One row through all layers in one kernel (Hopper GPUs): the heads and widths that it takes.
 DECODED = [
+    FEW[0],
     *(v for v in WIDE if v.name in ("wide-paper-gpt2", "wide-far-llama", "wide-far-qwen3")),
     Variant("decoded-inner", "llama", "modern-inner", _WIDE_LLAMA | {"head_dim": 16}, _LONG),
     Variant(

@@ -19,7 +19,7 @@ def choose(
 
     What is drawn from stands in the order of its ids, behind top_p in the order of likelihood.
     """
-    order = np.lexsort((np.arange(len(logits)), -logits))
+    order = np.argsort(-logits, kind="stable")
     if top_k:
         order = order[:top_k]
     weights = np.exp((logits[order] - logits.max()) / temperature)

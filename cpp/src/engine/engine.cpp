@@ -210,14 +210,18 @@ void Engine::logits_of(std::span<const BlockRef> hidden, float* out) {
   check_finite({out, static_cast<size_t>(count * config_.decoder.vocab_size)}, "logits of the last token");
 }
 
-void Engine::greatest_of(std::span<const BlockRef> hidden, int32_t* tokens, float* logprobs) {
+std::vector<Choice> Engine::choose_from(std::span<const BlockRef> hidden, std::span<const Draw> draws) {
   const auto count = std::ssize(hidden);
   const InUse in_use(*backend_, {hidden.begin(), hidden.end()});
   WorkspaceLease workspace(*this, 1, count);
   const Rows& normed = (*workspace).normed;
   for (int64_t i = 0; i < count; ++i) backend_->load_rows(*hidden[i], 1, normed, i);
-  backend_->greatest(normed, 0, count, tokens, logprobs);
-  check_finite({logprobs, static_cast<size_t>(count)}, "log probability of the likeliest token");
+  std::vector<Choice> choices(hidden.size());
+  backend_->choose(normed, 0, draws, choices.data());
+  std::vector<float> logprobs;
+  for (const Choice& choice : choices) logprobs.push_back(static_cast<float>(choice.logprob));
+  check_finite(logprobs, "log probability of the chosen token");
+  return choices;
 }
 
 void Engine::count(std::span<const Job> jobs, std::span<const StreamState> before,

@@ -68,8 +68,8 @@ class Engine {
   // [rows of `hidden` blocks, vocab]: logits of kept hidden rows.
   void logits_of(std::span<const BlockRef> hidden, float* out);
 
-  // The likeliest next token of each and its log probability, where the backend chooses.
-  void greatest_of(std::span<const BlockRef> hidden, int32_t* tokens, float* logprobs);
+  // The next token of each, where the backend chooses.
+  std::vector<Choice> choose_from(std::span<const BlockRef> hidden, std::span<const Draw> draws);
 
   // Rejects ids outside the vocabulary, naming the first.
   void check_tokens(std::span<const int32_t> tokens) const;

@@ -156,6 +156,14 @@ double log_probability(std::span<const float> logits, int32_t token) {
   return static_cast<double>(logits[token]) - greatest - std::log(sum);
 }
 
+Draw draw_of(const SamplingParams& params, const SamplerState& sampler) {
+  return {.temperature = params.temperature,
+          .top_p = params.top_p,
+          .min_p = params.min_p,
+          .u = uniform(sampler.seed, sampler.drawn),
+          .top_k = params.top_k};
+}
+
 Choice choose_token(std::span<const float> logits, const SamplingParams& params, std::span<const int32_t> seen,
                     SamplerState& sampler) {
   std::vector<double> values(logits.begin(), logits.end());

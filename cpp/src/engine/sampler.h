@@ -18,15 +18,13 @@ struct SamplingParams {
   void validate() const;  // InvalidArgument
 };
 
-struct Choice {
-  int32_t token = 0;
-  double logprob = 0;  // log softmax of the model's own logits, before any setting
-};
-
 // `logits` [vocab]; `seen` are the ids that the repetition penalty applies to. Advances `sampler` by one draw unless
 // temperature is 0.
 Choice choose_token(std::span<const float> logits, const SamplingParams& params, std::span<const int32_t> seen,
                     SamplerState& sampler);
+
+// The next draw as a backend makes it, which knows no repetition penalty.
+Draw draw_of(const SamplingParams& params, const SamplerState& sampler);
 
 // Uniform number in [0, 1) number `index` of the sequence `seed`: a 64-bit mix of the two (a counter-based generator).
 double uniform(uint64_t seed, uint64_t index);

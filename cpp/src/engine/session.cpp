@@ -216,13 +216,13 @@ std::vector<Choice> choose_tokens(std::span<Session* const> sessions, std::span<
   }
   Engine& engine = *sessions[0]->engine_;
   std::vector<Choice> choices;
-  const bool greedy = std::ranges::all_of(
-      params, [](const SamplingParams& p) { return p.temperature == 0.0 && p.repetition_penalty == 1.0; });
-  if (greedy && engine.backend().chooses()) {
-    std::vector<int32_t> tokens(sessions.size());
-    std::vector<float> logprobs(sessions.size());
-    engine.greatest_of(hidden, tokens.data(), logprobs.data());
-    for (size_t i = 0; i < sessions.size(); ++i) choices.push_back({tokens[i], logprobs[i]});
+  const bool penalised =
+      std::ranges::any_of(params, [](const SamplingParams& p) { return p.repetition_penalty != 1.0; });
+  if (!penalised && engine.backend().chooses()) {
+    std::vector<Draw> draws;
+    for (size_t i = 0; i < sessions.size(); ++i) draws.push_back(draw_of(params[i], sessions[i]->state_.sampler));
+    choices = engine.choose_from(hidden, draws);
+    for (size_t i = 0; i < sessions.size(); ++i) sessions[i]->state_.sampler.drawn += params[i].temperature > 0.0;
     return choices;
   }
   const int64_t vocab = engine.config().decoder.vocab_size;
