@@ -85,6 +85,18 @@ class Ceiling:
         torch.cuda.synchronize()
         return count * 2.0 * 8192**3 / (time.perf_counter() - begin)
 
+    def bandwidth(self) -> float:
+        """Bytes read and written a second by a copy of 4 GiB."""
+        torch = self.torch
+        a, b = (torch.empty(1 << 32, device="cuda", dtype=torch.uint8) for _ in range(2))
+        b.copy_(a)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(20):
+            b.copy_(a)
+        torch.cuda.synchronize()
+        return 20 * 2.0 * a.numel() / (time.perf_counter() - begin)
+
 
 def prefill(
     geometry: Geometry,
@@ -115,11 +127,14 @@ def prefill(
     }
 
 
-def decode(geometry: Geometry, new: int, core: Any, temperature: float = 0.0) -> dict[str, Any]:
-    """One stream, half a segment behind it."""
+def decode(
+    geometry: Geometry, core: Any, bandwidth: float, *, behind: int, temperature: float = 0.0
+) -> dict[str, Any]:
+    """One stream, so many tokens behind it; the floor is reading each weight once a token."""
+    new = 64
     params = _core.SamplingParams(temperature=temperature)
     session = _core.Session(core)
-    feed(session, random_ids(geometry, geometry.segment // 2), "last")
+    feed(session, random_ids(geometry, behind), "last")
 
     def run() -> None:
         stream = session.fork()
@@ -129,10 +144,14 @@ def decode(geometry: Geometry, new: int, core: Any, temperature: float = 0.0) ->
         stream.last_logits()
 
     found = timed(run)
+    rate = new / found["median_s"]
     return found | {
         "geometry": geometry.name,
+        "behind": behind,
         "temperature": temperature,
-        "tokens_per_s": new / found["median_s"],
+        "tokens_per_s": rate,
+        "bandwidth": bandwidth,
+        "of_bandwidth": rate * geometry.decoded_bytes() / bandwidth,
     }
 
 
@@ -271,15 +290,23 @@ class Run:
         if "profile" in what:
             self.profile(geometry.name, geometry, core)
         if "decode" in what:
-            self.note("decode", decode(geometry, 64, core))
-            if not self.quick:
-                self.note("decode", decode(geometry, 64, core, temperature=0.8))
+            self.decode(geometry, core)
         if "sessions" in what and not self.quick:
             self.note("sessions", sessions(geometry, 64, 2, core))
         del core
         if "prefill" in what and not self.quick:
             tokens = {"1b": 32768, "gpt2": 131072}[geometry.name]
             self.prefill("prefill", geometry, tokens, "sequential")
+
+    def decode(self, geometry: Geometry, core: Any) -> None:
+        """Inside the first segment, then also behind a written memory, and with a temperature."""
+        bandwidth, half = self.ceiling.bandwidth(), geometry.segment // 2
+        self.note("decode", decode(geometry, core, bandwidth, behind=half))
+        if self.quick:
+            return
+        self.note("decode", decode(geometry, core, bandwidth, behind=half, temperature=0.8))
+        later = geometry.segment + half
+        self.note("decode", decode(geometry, core, bandwidth, behind=later))
 
     def fp8(self, geometry: Geometry, core: Any) -> None:
         """In turn with bfloat16, so that both meet the same clock."""

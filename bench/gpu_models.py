@@ -81,6 +81,12 @@ class Geometry:
         attention = 2.0 * self.rows * self.rows * self.heads * self.head_dim  # causal half
         return products * self.layers * segments, attention * self.layers * segments
 
+    def decoded_bytes(self) -> float:
+        """Weights that a decoded token reads, 16 bits each; the head too."""
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        per_row = qkv + self.heads * self.head_dim + (3 if self.llama else 2) * self.ffn
+        return 2.0 * self.width * (self.layers * per_row + self.vocab)
+
 
 GEOMETRIES = {
     "1b": Geometry("1b", 16, 2048, 32, 8, 64, 8192, 128256, 1024, 128, 64, True),

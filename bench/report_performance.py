@@ -133,9 +133,20 @@ def aims() -> list[tuple[str, float, float, str]]:
     long = only("prefill", geometry="1b", schedule="diagonal", tokens=131072, segment=1024)
     gpt2 = only("prefill", geometry="gpt2", schedule="diagonal", tokens=1048576)
     endless, sessions = only("endless"), only("sessions", geometry="1b")
+    decoded = only("decode", geometry="1b", temperature=0.0, behind=512)
+    drifted = {r["who"]: r["logits"] for r in gpu_rows("drift") if r["tokens"] == 32768}
     return [
         ("1B, 4,096 tokens, ms", -15, short["median_s"] * 1e3, ".1f"),
         ("1B, 131,072 tokens, times the floor", -1.05, long["over_floor"], ".2f"),
+        *(
+            (
+                f"1B, segments of {segment:,}, times the floor",
+                -1.08,
+                only("prefill", geometry="1b", schedule="diagonal", segment=segment)["over_floor"],
+                ".2f",
+            )
+            for segment in (512, 4096)
+        ),
         ("GPT-2 small, 1,048,576 tokens, s", -0.45, gpt2["median_s"], ".2f"),
         ("GPT-2 small, 50 million tokens, s", -22, endless["seconds"], ".1f"),
         (
@@ -153,13 +164,20 @@ def aims() -> list[tuple[str, float, float, str]]:
         (
             "1B, one stream decoded, tokens/s",
             1250,
-            only("decode", geometry="1b", temperature=0.0)["tokens_per_s"],
+            decoded["tokens_per_s"],
             ",.0f",
         ),
+        ("the same, of the memory's bandwidth", 0.70, decoded["of_bandwidth"], ".0%"),
         (
             "1B, 131,072 tokens in 8 bits, times faster",
             1.4,
             only("fp8", geometry="1b", tokens=131072)["times_faster"],
+            ".2f",
+        ),
+        (
+            "drift of bfloat16 at 32,768 tokens, of eager PyTorch's",
+            -0.33,
+            drifted["engine bfloat16"] / drifted["eager PyTorch bfloat16"],
             ".2f",
         ),
     ]
@@ -244,7 +262,8 @@ def gpu_sessions_table() -> str:
     rows = [
         [
             f"{MODELS[r['geometry']]}, one stream, "
-            + (f"temperature {r['temperature']}" if r.get("temperature") else "greedy"),
+            + (f"temperature {r['temperature']}" if r.get("temperature") else "greedy")
+            + f", {r['behind']:,} tokens behind it",
             f"{r['tokens_per_s']:,.0f}",
         ]
         for r in gpu_rows("decode")
