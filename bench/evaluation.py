@@ -30,8 +30,9 @@ ABOUT = (
     "fingerprint",
     "data",
     "book",
+    "compared",
 )
-KEPT = (*CELL, "right", "samples", "accuracy", "interval", "tokens", "seconds", "agreement")
+KEPT = (*CELL, "right", "samples", "accuracy", "interval", "tokens", "seconds")
 POINTS = 40
 
 

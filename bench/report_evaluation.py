@@ -75,16 +75,34 @@ def comparison_table() -> str:
     return table(["task", "tokens", "ARMT", "RMT"], rows) + "\n\n" + "\n".join(notes)
 
 
+def retrieval_comparison_table() -> str:
+    systems = ("armt", "mamba", "rmt")
+    found = [load(f"evaluation/compare-retrieval-{system}") for system in systems]
+    cells = [{told(row): right(row)[0] for row in one["results"]} for one in found]
+    order = sorted(found[0]["results"], key=lambda r: (r["kind"], r.get("keys", 0), r["pairs"]))
+    rows = [[told(row), *(one[told(row)] for one in cells)] for row in order]
+    notes = [f"{one['system'].upper()}: {about(one)}" for one in found]
+    return table(["read", "ARMT", "Mamba", "RMT"], rows) + "\n\n" + "\n".join(notes)
+
+
 def forgetting_table() -> str:
-    """The long rows of two trainings, without and with decoys."""
-    before = {_cell(row): row for row in load("evaluation/babilong_before_decoys")["results"]}
-    after = {_cell(row): row for row in load("evaluation/babilong")["results"]}
+    """The long rows of one model after each of its last stages."""
+    stages = {
+        "before": "babilong_before_decoys",
+        "decoys": "babilong_before_namesakes",
+        "namesakes": "babilong_before_gates",
+        "steeper gates, float16": "babilong",
+    }
+    found = [
+        {_cell(row): right(row)[0] for row in load(f"evaluation/{name}")["results"]}
+        for name in stages.values()
+    ]
     rows = [
-        [cell[0].upper(), f"{cell[1]:,}", right(before[cell])[0], right(after[cell])[0]]
-        for cell in sorted(before)
+        [cell[0].upper(), f"{cell[1]:,}", *(one.get(cell, "") for one in found)]
+        for cell in sorted(set().union(*found))
         if cell[1] >= LONG
     ]
-    return table(["task", "tokens", "without decoys", "with decoys"], rows)
+    return table(["task", "tokens", *stages], rows)
 
 
 def _cell(row: dict[str, Any]) -> tuple[str, int]:
@@ -113,5 +131,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "forgetting": forgetting_table,
     "retrieval": retrieval_table,
     "comparison": comparison_table,
+    "retrieval-comparison": retrieval_comparison_table,
     "training": training_table,
 }

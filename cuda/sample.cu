@@ -47,7 +47,7 @@ __device__ inline void ask_after_top_k(RowState& row, const RowBins& bins, const
 
 __device__ inline void answer(const Task& task, RowState& row, int64_t r, unsigned token) {
   const double logit = task.logits[r * task.vocab + token];
-  task.answers[r] = {logit - static_cast<double>(row.greatest) - row.log_sum, static_cast<int32_t>(token)};
+  task.answers[r] = {logit - static_cast<double>(row.greatest) - row.log_sum, static_cast<int64_t>(token)};
   row.stage = Stage::none;
 }
 
@@ -300,7 +300,7 @@ void CudaBackend::choose(const Rows& hidden, int64_t first, std::span<const Draw
   check(cudaMemcpyAsync(host, chosen_.data(), static_cast<size_t>(answers), cudaMemcpyDeviceToHost, main_.stream),
         "cudaMemcpyAsync");
   check(cudaStreamSynchronize(main_.stream), "choice of tokens");
-  for (int64_t i = 0; i < count; ++i) choices[i] = {host[i].token, host[i].logprob};
+  for (int64_t i = 0; i < count; ++i) choices[i] = {static_cast<int32_t>(host[i].token), host[i].logprob};
 }
 
 }  // namespace armt::cuda

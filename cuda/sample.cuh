@@ -58,7 +58,7 @@ struct RowBins {
 
 struct Answer {
   double logprob;
-  int32_t token;
+  int64_t token;  // no padding: all of it is copied
 };
 
 struct Task {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from armt.cli.app import app, run
 from armt.cli.output import one_line, size
 from armt.demo.story import material
 from armt.files import whole_file
+from armt.models import resolve
 
 COMMANDS = ("demo", "run", "info", "convert", "bench", "serve", "eval", "train")
 EVALUATIONS = ("retrieval", "babilong", "perplexity")
@@ -143,6 +145,20 @@ def test_bad_input_is_one_line(
     assert found == code and message in json.loads(out)["error"]["message"]
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_not_finite_are_one_line(invoke: Invoke, tmp_path: Path) -> None:
+    shutil.copytree(resolve("retrieval"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    (norm,) = (entry for name, entry in header.items() if name.endswith("ln_f.weight"))
+    first, last = (8 + size + offset for offset in norm["data_offsets"])
+    data[first:last] = b"\x00\x7c" * ((last - first) // 2)  # infinities in float16
+    file.write_bytes(data)
+    code, _, err = invoke("eval", "retrieval", str(tmp_path), "--pairs", "2", "--samples", "2")
+    assert code == 1 and "not finite" in err and "Traceback" not in err, err
 
 
 def test_a_folder_that_is_no_checkpoint(invoke: Invoke, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def _failed(error: Exception, *, as_json: bool) -> int:
     if type(error).__name__ == "Abort":  # Ctrl-C in older releases of typer
         print_error("interrupted", as_json=False)
         return INTERRUPTED
-    expected = (ValueError, OSError, RuntimeError, MemoryError)
+    expected = (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError)
     if not isinstance(error, expected) or os.environ.get("ARMT_TRACEBACK"):
         raise error
     print_error(str(error) or type(error).__name__, as_json=as_json, kind=type(error).__name__)
