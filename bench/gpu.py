@@ -139,7 +139,7 @@ def decode(
     def run() -> None:
         stream = session.fork()
         for _ in range(new):
-            ((token, _),) = _core.choose([stream], params)
+            ((token, _),) = _core.choose([stream], [params])
             feed(stream, np.array([token], np.int32))
         stream.last_logits()
 

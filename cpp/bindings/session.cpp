@@ -139,14 +139,17 @@ LogitsArrays forward(const std::vector<std::pair<std::shared_ptr<Session>, py::a
 }
 
 std::vector<std::pair<int32_t, double>> choose(const std::vector<std::shared_ptr<Session>>& sessions,
-                                               const SamplingParams& params) {
+                                               const std::vector<SamplingParams>& params) {
+  if (params.size() != sessions.size()) {
+    throw InvalidArgument("params: found " + std::to_string(params.size()) + " entries for " +
+                          std::to_string(sessions.size()) + " sessions");
+  }
   if (sessions.empty()) return {};
   std::vector<Session*> pointers;
   for (const auto& session : sessions) pointers.push_back(session.get());
-  const std::vector<SamplingParams> all(sessions.size(), params);
   std::vector<std::pair<int32_t, double>> result;
   py::gil_scoped_release release;
-  for (const Choice& choice : choose_tokens(pointers, all)) result.emplace_back(choice.token, choice.logprob);
+  for (const Choice& choice : choose_tokens(pointers, params)) result.emplace_back(choice.token, choice.logprob);
   return result;
 }
 

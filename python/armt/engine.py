@@ -322,7 +322,7 @@ class Engine:
         for _ in range(max_new_tokens):
             if not active:
                 break
-            choices = _core.choose([cores[i] for i in active], params)
+            choices = _core.choose([cores[i] for i in active], [params] * len(active))
             rows = [
                 (cores[i], np.array([token], np.int32))
                 for i, (token, _) in zip(active, choices, strict=True)

@@ -119,7 +119,7 @@ class Generation(Iterator[int]):
             self.finish_reason = "length"
             raise StopIteration
         core = self._session._core
-        ((token, logprob),) = _core.choose([core], self._params)
+        ((token, logprob),) = _core.choose([core], [self._params])
         _core.run_many([(core, np.array([token], np.int32))], "none", False, True, self._grow, None)
         self._left -= 1
         self.tokens.append(token)

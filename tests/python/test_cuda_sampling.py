@@ -76,7 +76,7 @@ def logits_of(session: armt.Session) -> Logits:
 
 
 def draw(session: armt.Session, settings: dict[str, Any]) -> tuple[int, float]:
-    (choice,) = _core.choose([session._core], _core.SamplingParams(**settings))
+    (choice,) = _core.choose([session._core], [_core.SamplingParams(**settings)])
     return choice
 
 
@@ -128,6 +128,23 @@ def test_a_repetition_penalty_is_drawn_with_too(engine: armt.Engine) -> None:
     assert token == choose(logits, _core.uniform(4, 1), temperature=1.0)
 
 
+def test_rows_with_a_penalty_among_others(engine: armt.Engine) -> None:
+    """Those are drawn by the host, the others on the GPU; each as if it were alone."""
+    settings = [{"temperature": 0.9, "repetition_penalty": p} for p in (1.0, 1.3, 1.0, 2.0)]
+    sessions = [session_of(engine, start) for start in range(4)]
+    for session in sessions:
+        session._core.set_seed(6)
+    params = [_core.SamplingParams(**one) for one in settings]
+    for _ in range(2):
+        alone = []
+        for session, one in zip(sessions, settings, strict=True):
+            fork = session.fork()
+            alone.append(draw(fork, one)[0])
+            fork.close()
+        together = _core.choose([session._core for session in sessions], params)
+        assert [token for token, _ in together] == alone
+
+
 @pytest.mark.parametrize("count", [3, 70])
 @pytest.mark.parametrize(
     "settings",
@@ -146,7 +163,7 @@ def test_a_batch_draws_what_single_sessions_do(
     for seed, session in enumerate(sessions):
         session._core.set_seed(seed)
     params = _core.SamplingParams(**settings)
-    found = [_core.choose([s._core for s in sessions], params) for _ in range(2)]
+    found = [_core.choose([s._core for s in sessions], [params] * count) for _ in range(2)]
     for seed, session in enumerate(sessions):
         logits = logits_of(session)
         for index, row in enumerate(found):

@@ -225,7 +225,9 @@ def test_sessions_of_two_engines_do_not_mix(engine: armt.Engine, zoo: Zoo) -> No
         with pytest.raises(InvalidArgument, match="another engine"):
             call()
     with pytest.raises(InvalidArgument, match="another engine"):
-        _core.choose([mine._core, theirs._core], _core.SamplingParams())
+        _core.choose([mine._core, theirs._core], [_core.SamplingParams()] * 2)
+    with pytest.raises(InvalidArgument, match="params: found 1 entries for 2 sessions"):
+        _core.choose([mine._core, theirs._core], [_core.SamplingParams()])
     with pytest.raises(StateError):
         other.session(state=mine.state)
     assert (mine.tokens, theirs.tokens) == (1, 1)

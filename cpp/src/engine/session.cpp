@@ -215,30 +215,44 @@ std::vector<Choice> choose_tokens(std::span<Session* const> sessions, std::span<
     hidden.push_back(last_hidden_of(sessions[i]->state_));
   }
   Engine& engine = *sessions[0]->engine_;
-  std::vector<Choice> choices;
-  const bool penalised =
-      std::ranges::any_of(params, [](const SamplingParams& p) { return p.repetition_penalty != 1.0; });
-  if (!penalised && engine.backend().chooses()) {
-    std::vector<Draw> draws;
-    for (size_t i = 0; i < sessions.size(); ++i) draws.push_back(draw_of(params[i], sessions[i]->state_.sampler));
-    choices = engine.choose_from(hidden, draws);
-    for (size_t i = 0; i < sessions.size(); ++i) sessions[i]->state_.sampler.drawn += params[i].temperature > 0.0;
-    return choices;
+  std::vector<size_t> on_device, on_host;
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    const bool penalised = params[i].repetition_penalty != 1.0;
+    (engine.backend().chooses() && !penalised ? on_device : on_host).push_back(i);
   }
-  const int64_t vocab = engine.config().decoder.vocab_size;
-  std::vector<float> logits(sessions.size() * vocab);
-  engine.logits_of(hidden, logits.data());
+  const auto hidden_of = [&](const std::vector<size_t>& rows) {
+    std::vector<BlockRef> found;
+    for (const size_t i : rows) found.push_back(hidden[i]);
+    return found;
+  };
+  std::vector<Choice> choices(sessions.size());
   std::vector<SamplerState> samplers;  // counted in the sessions when all draws are done: all or nothing
   for (const Session* session : sessions) samplers.push_back(session->state_.sampler);
-  for (size_t i = 0; i < sessions.size(); ++i) {
-    const StreamState& state = sessions[i]->state_;
-    std::vector<int32_t> seen;
-    if (params[i].repetition_penalty != 1.0) {
-      seen = state.previous_tokens;
-      seen.insert(seen.end(), state.open_tokens.begin(), state.open_tokens.end());
+  if (!on_device.empty()) {
+    std::vector<Draw> draws;
+    for (const size_t i : on_device) draws.push_back(draw_of(params[i], samplers[i]));
+    const std::vector<Choice> found = engine.choose_from(hidden_of(on_device), draws);
+    for (size_t row = 0; row < found.size(); ++row) {
+      const size_t i = on_device[row];
+      choices[i] = found[row];
+      samplers[i].drawn += params[i].temperature > 0.0;
     }
-    const std::span<const float> row(logits.data() + i * vocab, vocab);
-    choices.push_back(choose_token(row, params[i], seen, samplers[i]));
+  }
+  if (!on_host.empty()) {
+    const int64_t vocab = engine.config().decoder.vocab_size;
+    std::vector<float> logits(on_host.size() * vocab);
+    engine.logits_of(hidden_of(on_host), logits.data());
+    for (size_t row = 0; row < on_host.size(); ++row) {
+      const size_t i = on_host[row];
+      const StreamState& state = sessions[i]->state_;
+      std::vector<int32_t> seen;
+      if (params[i].repetition_penalty != 1.0) {
+        seen = state.previous_tokens;
+        seen.insert(seen.end(), state.open_tokens.begin(), state.open_tokens.end());
+      }
+      choices[i] =
+          choose_token({logits.data() + row * vocab, static_cast<size_t>(vocab)}, params[i], seen, samplers[i]);
+    }
   }
   for (size_t i = 0; i < sessions.size(); ++i) sessions[i]->state_.sampler = samplers[i];
   return choices;

@@ -233,7 +233,7 @@ class Session:
     @property
     def version(self) -> int:
         ...
-def choose(sessions: collections.abc.Sequence[Session], params: SamplingParams) -> list[tuple[int, float]]:
+def choose(sessions: collections.abc.Sequence[Session], params: collections.abc.Sequence[SamplingParams]) -> list[tuple[int, float]]:
     ...
 def cuda_device_count() -> int:
     """

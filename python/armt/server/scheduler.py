@@ -23,7 +23,7 @@ from armt import _core
 from armt.engine import Engine
 from armt.server.errors import ApiError, as_api_error
 from armt.server.jobs import Decode, FinishReason, Ids, Job, Read, Token, top_logprobs
-from armt.session import FloatArray, Sampling, Session
+from armt.session import FloatArray, Session
 
 log = logging.getLogger("armt.server")
 
@@ -200,25 +200,23 @@ class Scheduler:
     def _chosen(self) -> list[Row]:
         """A new token for each answer, as rows to be read."""
         jobs = [self._decodes.popleft() for _ in range(min(self._max_batch, len(self._decodes)))]
-        groups: dict[Sampling, list[Decode]] = {}
-        for job in jobs:
-            groups.setdefault(job.sampling, []).append(job)
         rows = []
-        for group in groups.values():
-            for job, token in self._choose(group):
-                finish = job.ends_with(token)
-                self.totals.generated += 1
-                if finish is not None and not job.keep:
-                    self._hand_over(job, finish)
-                    continue
-                if finish is None and job.eager:
-                    self._hand_over(job, None)
-                rows.append(Row(job, np.array([token.id], np.int32), finish))
+        for job, token in self._choose(jobs):
+            finish = job.ends_with(token)
+            self.totals.generated += 1
+            if finish is not None and not job.keep:
+                self._hand_over(job, finish)
+                continue
+            if finish is None and job.eager:
+                self._hand_over(job, None)
+            rows.append(Row(job, np.array([token.id], np.int32), finish))
         return rows
 
     def _choose(self, jobs: list[Decode]) -> list[tuple[Decode, Token]]:
-        params = jobs[0].params
-        assert params is not None
+        params = []
+        for job in jobs:
+            assert job.params is not None
+            params.append(job.params)
         try:
             choices = _core.choose([job.session._core for job in jobs], params)
             tops = [top_logprobs(job.session.logits, job.top) if job.top else () for job in jobs]
