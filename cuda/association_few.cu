@@ -25,6 +25,7 @@ struct Shared {
   };
   float z[kFeatures];
   float inverse[kTokens], gamma[kTokens], beta[kTokens];
+  bool last;  // of the cell's blocks to read z
 };
 static_assert(2 * (sizeof(Shared) + 1024) <= 228 * 1024, "two blocks a multiprocessor");
 
@@ -48,19 +49,20 @@ class FewWriter {
     fetch_raw();
     wait_copies<1>();  // z; A may still come
     __syncthreads();
+    count_readers();
     make_features();
     wait_copies<0>();
     __syncthreads();
     add_old();
     __syncthreads();
     make_delta();
-    if (blockIdx.x == 0) write_rest();
+    if (shared_.last) write_rest();
     __syncthreads();
     update();
   }
 
  private:
-  // Starts copying z, then A's columns. Nothing here is written by the kernel before.
+  // Starts copying z, then A's columns. The kernel before writes none of it.
   __device__ void fetch_memory() {
     const float* memory = cell_.memory;
     const bool there = memory != nullptr;
@@ -78,6 +80,16 @@ class FewWriter {
       copy_async(&shared_.matrix[f][e], from, there);
     }
     commit_copies();
+  }
+
+  // A memory may be written in place, and all blocks of a cell read its z: the one that reads it last writes the new
+  // one.
+  __device__ void count_readers() const {
+    if (threadIdx.x != 0) return;
+    unsigned& readers = args_.readers[cell_.writer];
+    __threadfence();
+    shared_.last = atomicAdd(&readers, 1u) == gridDim.x - 1;
+    if (shared_.last) readers = 0;
   }
 
   // The keys of the cell to shared memory; this thread's two values and its row's gate stay with it.
@@ -252,14 +264,11 @@ __global__ void __launch_bounds__(kThreads, 2) write_few(const __grid_constant__
 }  // namespace
 
 bool writes_few(DType dtype, const MemoryShape& shape, int64_t rows) {
-  static const bool possible = [] {
-    int device = 0, most = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-    return most >= static_cast<int>(sizeof(Shared));
-  }();
-  return possible && dtype != DType::f32 && rows <= kTokens && has_row_features(shape) && !shape.gating &&
-         shape.values % kCols == 0 && shape.raw % 4 == 0;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return most >= static_cast<int>(sizeof(Shared)) && dtype != DType::f32 && rows <= kTokens &&
+         has_row_features(shape) && !shape.gating && shape.values % kCols == 0 && shape.raw % 4 == 0;
 }
 
 void launch_few_write(const FewWrite& write, cudaStream_t stream) {

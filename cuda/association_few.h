@@ -9,6 +9,7 @@ struct FewWrite {
   Batch batch;
   const float* raw = nullptr;   // [memory rows of the cells that write, shape.raw]: key, value, gate
   const float* bias = nullptr;  // [stack] of the gate
+  unsigned* readers = nullptr;  // [cells that write] blocks that have read z; zero between launches
   MemoryShape shape;
 };
 

@@ -204,6 +204,8 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   Query<T>(maps, args, *reinterpret_cast<Shared<T>*>(memory), cell, first).run();
+#else
+  __trap();  // built for 9.0 without its own instructions (90 instead of 90a)
 #endif
 }
 
@@ -223,8 +225,8 @@ void launch(const QueryFeatures& query, cudaStream_t stream) {
 }  // namespace
 
 bool makes_query_features(DType dtype, const MemoryShape& shape) {
-  static const bool possible = has_hopper_code(reinterpret_cast<const void*>(read_queries<__nv_bfloat16>));
-  return possible && dtype != DType::f32 && has_row_features(shape) && shape.width % 8 == 0;
+  return has_hopper_code(reinterpret_cast<const void*>(read_queries<__nv_bfloat16>)) && dtype != DType::f32 &&
+         has_row_features(shape) && shape.width % 8 == 0;
 }
 
 void launch_query_features(DType dtype, const QueryFeatures& query, cudaStream_t stream) {

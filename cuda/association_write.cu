@@ -323,7 +323,10 @@ void CudaBackend::memory_write(Groups groups, const Rows& x) {
 
   auto* raw = scratch.write_raw.as<float>();
   if (few) {
-    launch_few_write({.batch = batch, .raw = raw, .bias = bias, .shape = shape}, stream());
+    grow_zeroed(arena_, scratch.readers, writers * 4, stream());
+    launch_few_write(
+        {.batch = batch, .raw = raw, .bias = bias, .readers = scratch.readers.as<unsigned>(), .shape = shape},
+        stream());
     return;
   }
   auto* phi = scratch.write_phi.as<float>();

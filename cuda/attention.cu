@@ -50,11 +50,7 @@ void CudaBackend::attend(Groups groups, const Rows& qkv, const Rows& context) {
   if (args.splits > 1) {
     CudaScratch& scratch = *active_.scratch;
     grow(arena_, scratch.partial, shares.floats * 4);
-    if (scratch.counters.bytes() < shares.counters * 4) {  // zero again after each launch
-      grow(arena_, scratch.counters, shares.counters * 4);
-      check(cudaMemsetAsync(scratch.counters.data(), 0, static_cast<size_t>(scratch.counters.bytes()), stream()),
-            "cudaMemsetAsync");
-    }
+    grow_zeroed(arena_, scratch.counters, shares.counters * 4, stream());
     args.partial = scratch.partial.as<float>();
     args.counters = scratch.counters.as<int>();
   }

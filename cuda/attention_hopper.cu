@@ -303,8 +303,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 template <class T, class S>
 bool launch(const AttendArgs& args, cudaStream_t stream) {
   const auto kernel = hopper_kernel<T, S>;
-  static const bool runs = has_hopper_code(reinterpret_cast<const void*>(kernel));
-  if (!runs) return false;
+  if (!has_hopper_code(reinterpret_cast<const void*>(kernel))) return false;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes), "cudaFuncSetAttribute");
   Sharing sharing{.heads = args.q_heads / args.kv_heads % S::kGroups == 0 ? S::kGroups : 1, .row_blocks = 0};
   sharing.row_blocks = static_cast<int>(ceil_div(args.batch.max_cell_rows, S::kGroups / sharing.heads * 64));

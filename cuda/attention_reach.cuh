@@ -42,7 +42,7 @@ __device__ inline Reach reach_of(const AttendArgs& args, const DevCell& cell, in
   return reach;
 }
 
-__device__ inline int tiles_of(int rows) {
+__device__ inline int tile_count(int rows) {
   return (rows + kTile - 1) / kTile;
 }
 
@@ -53,12 +53,12 @@ struct Span {
 };
 
 __device__ inline Span span_of(const DevCell& cell, const Reach& reach) {
-  if (reach.uniform) return {0, tiles_of(cell.prev_rows), 0, tiles_of(cell.cur_rows)};
+  if (reach.uniform) return {0, tile_count(cell.prev_rows), 0, tile_count(cell.cur_rows)};
   Span span{};
   span.prev_begin = min(reach.prev_first, cell.prev_rows) / kTile;
-  span.prev_end = reach.prev_first < cell.prev_rows ? tiles_of(cell.prev_rows) : span.prev_begin;
+  span.prev_end = reach.prev_first < cell.prev_rows ? tile_count(cell.prev_rows) : span.prev_begin;
   span.cur_begin = min(reach.cur_first, cell.cur_rows) / kTile;
-  span.cur_end = max(span.cur_begin, tiles_of(min(reach.cur_end, cell.cur_rows)));
+  span.cur_end = max(span.cur_begin, tile_count(min(reach.cur_end, cell.cur_rows)));
   return span;
 }
 
@@ -71,7 +71,7 @@ __device__ inline Span both(const Span& a, const Span& b) {
 struct Route {
   int prev_count;  // tiles of the previous cache; index i of the walk is tile i - behind[previous]
   int behind[2], rows[2];
-  int head;  // elements from a page's begin to the block's head of keys
+  int64_t head;  // elements from a page's begin to the block's head of keys
   const char* const* pages[2];
   const char* first_page[2];  // nearly always the only one
 
@@ -80,7 +80,7 @@ struct Route {
       : prev_count(span.prev_end - span.prev_begin),
         behind{prev_count - span.cur_begin, -span.prev_begin},
         rows{cell.cur_rows, cell.prev_rows},
-        head(kv_head * args.page_rows * args.kv_row),
+        head(int64_t{kv_head} * args.page_rows * args.kv_row),
         pages{cell.cur_pages, cell.prev_pages},
         first_page{} {
     for (int i = 0; i < 2; ++i) {
@@ -131,7 +131,8 @@ struct Stretch {
       begin = sees_prev ? mine.prev_begin + behind[1] : mine.cur_begin + behind[0];
       end = sees_cur ? mine.cur_end + behind[0] : mine.prev_end + behind[1];
     }
-    const int from[2] = {max(prev_count, tiles_of(reach.cur_full) + behind[0]), tiles_of(reach.prev_full) + behind[1]};
+    const int from[2] = {max(prev_count, tile_count(reach.cur_full) + behind[0]),
+                         tile_count(reach.prev_full) + behind[1]};
     const int to[2] = {min(reach.cur_full_end, cell.cur_rows) / kTile + behind[0],
                        min(prev_count, cell.prev_rows / kTile + behind[1])};
     for (int i = 0; i < 2; ++i) {

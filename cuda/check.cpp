@@ -1,6 +1,9 @@
 #include "check.h"
 
+#include <map>
+#include <mutex>
 #include <string>
+#include <utility>
 
 #include "armt/error.h"
 
@@ -14,10 +17,23 @@ void check(cudaError_t code, const char* call) {
 }
 
 bool has_hopper_code(const void* kernel) {
-  cudaFuncAttributes found{};
-  const bool here = cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.binaryVersion == 90;
-  cudaGetLastError();
-  return here;
+#ifdef ARMT_HOPPER
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;  // GPUs of a process may differ
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard lock(mutex);
+  const auto [entry, is_new] = known.try_emplace({kernel, device}, false);
+  if (is_new) {
+    cudaFuncAttributes found{};
+    entry->second = cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.binaryVersion == 90;
+    cudaGetLastError();
+  }
+  return entry->second;
+#else
+  static_cast<void>(kernel);
+  return false;
+#endif
 }
 
 DeviceScope::DeviceScope(int device) {

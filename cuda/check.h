@@ -13,7 +13,7 @@ inline void check_launch(const char* kernel) {
   check(cudaGetLastError(), kernel);
 }
 
-// Whether this build has `kernel` in code for the current GPU's own Hopper instructions (90a).
+// Whether this build has `kernel` in code for the current GPU's own Hopper instructions (90a; ARMT_HOPPER).
 bool has_hopper_code(const void* kernel);
 
 // Makes `device` the thread's current one and puts the old one back at the end of the scope.

@@ -41,7 +41,7 @@ CudaBackend::CudaBackend(const ModelConfig& config, const BackendOptions& option
   if (found.major < 8) throw DeviceError("device: found " + name + ", expected compute capability 8.0 or newer");
   if (!runs_here()) {
     throw DeviceError("device: this build has no code for " + name + "; rebuild with CMAKE_CUDA_ARCHITECTURES=" +
-                      std::to_string(found.major) + std::to_string(found.minor));
+                      std::to_string(found.major) + std::to_string(found.minor) + (found.major == 9 ? "a" : ""));
   }
   if (config.decoder.head_dim > 256) {
     throw InvalidArgument("head_dim: found " + std::to_string(config.decoder.head_dim) +

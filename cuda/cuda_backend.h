@@ -197,6 +197,7 @@ class CudaBackend : public Backend {
   int processors_ = 0;
   bool fuses_gate_ = false;
   bool prefill_fp8_ = false;
+  bool decodes_ = true;  // until decode_wave() is refused
   mutable std::recursive_mutex mutex_;
   Arena arena_;
   Resting resting_;

@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
 }
 
 template <class T, int kLanes>
-void launch(const DecodeArgs& args, int processors, cudaStream_t stream) {
+bool launch(const DecodeArgs& args, int processors, cudaStream_t stream) {
   const auto kernel = decode_kernel<T, kLanes>;
   const DecodeShared room(args, processors);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared), "cudaFuncSetAttribute");
@@ -329,7 +329,13 @@ void launch(const DecodeArgs& args, int processors, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, args), "decode");
+  const cudaError_t code = cudaLaunchKernelEx(&config, kernel, args);
+  if (code == cudaErrorCooperativeLaunchTooLarge || code == cudaErrorNotSupported) {
+    cudaGetLastError();
+    return false;
+  }
+  check(code, "decode");
+  return true;
 }
 
 bool plan_product(DecodeProduct& product, int processors) {
@@ -377,18 +383,19 @@ bool plan_decode(DecodeArgs& args, DecodeRoom& room, int processors) {
 
 bool decodes_here(DType dtype) {
   if (dtype == DType::f32) return false;
-  static const bool runs = has_hopper_code(reinterpret_cast<const void*>(decode_kernel<__nv_bfloat16, 8>));
-  return runs;
+  return has_hopper_code(reinterpret_cast<const void*>(decode_kernel<__nv_bfloat16, 8>));
 }
 
-void launch_decode(DType dtype, const DecodeArgs& args, int processors, cudaStream_t stream) {
+bool launch_decode(DType dtype, const DecodeArgs& args, int processors, cudaStream_t stream) {
+  bool launched = false;
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (sizeof(T) == 2) {
-      if (args.attend.head_dim <= 64) return launch<T, 8>(args, processors, stream);
-      launch<T, 16>(args, processors, stream);
+      launched =
+          args.attend.head_dim <= 64 ? launch<T, 8>(args, processors, stream) : launch<T, 16>(args, processors, stream);
     }
   });
+  return launched;
 }
 
 }  // namespace armt::cuda

@@ -13,6 +13,8 @@ constexpr int kDecodePasses = 8;                               // packs of a sla
 constexpr int kDecodeSlab = 32 * kDecodePack * kDecodePasses;  // elements of a slab at most
 constexpr int kDecodeMostStages = 4;
 
+constexpr int kStageBytes = 24;  // of a Stage
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // 16 bytes that another multiprocessor may have written a moment ago.
@@ -105,6 +107,7 @@ struct Stage {
   int64_t stride;    // from a layer to the next one
   int bytes;
 };
+static_assert(sizeof(Stage) == kStageBytes);
 
 // The stages of a layer, in order; their count. By one thread.
 __device__ inline int list_stages(const DecodeArgs& args, const Columns* columns, Stage* stages) {
@@ -217,7 +220,7 @@ struct DecodeShared {
     phi = add(args.reads ? (args.memory.features + 3 * args.memory.heads * args.memory.keys) * 4 : 0);
     cells = add(args.layers * static_cast<int>(sizeof(DevCell)));
     turns = add(args.attend.half * 8);
-    stages = add(most_stages * 24);
+    stages = add(most_stages * kStageBytes);
     ring = at;
     bytes = at + kDecodeWarps * args.stages * args.slot + 512;  // a slab's last pass may read behind its end
   }

@@ -64,7 +64,8 @@ struct DecodeRoom {
 
 // Chooses how `args` (sizes set) divides the work; false where it does not fit this kernel.
 bool plan_decode(DecodeArgs& args, DecodeRoom& room, int processors);
-void launch_decode(DType dtype, const DecodeArgs& args, int processors, cudaStream_t stream);
+// False where the launch is refused, since this process has only a part of the GPU.
+bool launch_decode(DType dtype, const DecodeArgs& args, int processors, cudaStream_t stream);
 // Whether this build and the current GPU have the kernel.
 bool decodes_here(DType dtype);
 

@@ -16,7 +16,7 @@ class DecodeAttention {
   static constexpr int kStep = kDecodeWarps * kTeams;                  // keys of the block at once
 
   __device__ DecodeAttention(const DecodeArgs& args, const DevRow& row, const float2* turns, float* work)
-      : args_(args), attend_(args.attend), row_(row), sight_(sight_of(row)), turns_(turns), work_(work) {
+      : args_(args), attend_(args.attend), sight_(sight_of(row)), turns_(turns), work_(work) {
     head_ = blockIdx.x % attend_.q_heads;
     split_ = blockIdx.x / attend_.q_heads;
     const int group = attend_.q_heads / attend_.kv_heads;
@@ -136,6 +136,7 @@ class DecodeAttention {
     const int last = first + end_ - 1 - next_;
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) keys_[round] = values_[round] = {};
+    if (next_ >= end_) return;
     if (next_ >= prev_count_ && last < (page + 1) * attend_.page_rows) {
       // In one page: the rounds' rows lie evenly.
       const int row = first - page * attend_.page_rows + static_cast<int>(threadIdx.x) / kLanes;
@@ -256,7 +257,6 @@ class DecodeAttention {
 
   const DecodeArgs& args_;
   const AttendArgs& attend_;
-  const DevRow& row_;
   const Sight sight_;
   const float2* turns_;
   float* work_;

@@ -21,7 +21,9 @@ bool allowed() {
 
 bool CudaBackend::decode_wave(CudaWorkspace& ws, Groups layers) {
   const DecoderConfig& decoder = config_.decoder;
-  if (layers.front().row_count != 1 || decoder.parallel_residual || !allowed() || !decodes_here(dtype_)) return false;
+  if (layers.front().row_count != 1 || decoder.parallel_residual || !decodes_ || !allowed() || !decodes_here(dtype_)) {
+    return false;
+  }
   CudaScratch& scratch = ws.main;
   const auto matrix = [&](Matrix which) { return matrices_[static_cast<size_t>(which)].data(); };
   const auto vector = [&](Vector which) { return vectors_[static_cast<size_t>(which)].data(); };
@@ -59,11 +61,7 @@ bool CudaBackend::decode_wave(CudaWorkspace& ws, Groups layers) {
 
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   grow(arena_, scratch.decode, aligned(room.sums) + aligned(room.totals) + room.queries);
-  if (scratch.arrivals.data() == nullptr) {  // zero again after each launch
-    grow(arena_, scratch.arrivals, kDecodeCounters * static_cast<int64_t>(sizeof(unsigned)));
-    check(cudaMemsetAsync(scratch.arrivals.data(), 0, static_cast<size_t>(scratch.arrivals.bytes()), main_.stream),
-          "cudaMemsetAsync");
-  }
+  grow_zeroed(arena_, scratch.arrivals, kDecodeCounters * static_cast<int64_t>(sizeof(unsigned)), main_.stream);
   char* memory = scratch.decode.data();
   args.sums = reinterpret_cast<float*>(memory);
   args.totals = reinterpret_cast<float2*>(memory + aligned(room.sums));
@@ -72,8 +70,8 @@ bool CudaBackend::decode_wave(CudaWorkspace& ws, Groups layers) {
   args.x = static_cast<char*>(ws.residual.data) + layers.front().row_begin * decoder.d_model * element();
   args.qkv = scratch.rows.qkv.data;
   args.ff = scratch.rows.ff.data;
-  launch_decode(dtype_, args, processors_, main_.stream);
-  return true;
+  decodes_ = launch_decode(dtype_, args, processors_, main_.stream);
+  return decodes_;
 }
 
 }  // namespace armt::cuda

@@ -186,8 +186,7 @@ bool launch(const FewProduct& product, int processors, cudaStream_t stream) {
   const StreamShape shape = stream_shape(product, processors);
   const int64_t bytes = shared_bytes(product, shape, rows);
   if (bytes > kMostShared) return false;
-  static const bool runs = has_hopper_code(reinterpret_cast<const void*>(kernel));
-  if (!runs) return false;
+  if (!has_hopper_code(reinterpret_cast<const void*>(kernel))) return false;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared)),
         "cudaFuncSetAttribute");
   launch_overlapped(kernel, dim3(processors), dim3(kThreads), static_cast<size_t>(bytes), stream, product, shape);

@@ -264,12 +264,9 @@ void CudaBackend::choose(const Rows& hidden, int64_t first, std::span<const Draw
   const int64_t answers = count * static_cast<int64_t>(sizeof(Answer));
   grow(arena_, chosen_, answers);
   task.answers = chosen_.as<Answer>();
-  const int64_t states = together * static_cast<int64_t>(sizeof(RowState));
-  if (choice_rows_.bytes() < states) {
-    grow(arena_, choice_rows_, states);
-    check(cudaMemsetAsync(choice_rows_.data(), 0, static_cast<size_t>(choice_rows_.bytes()), main_.stream),
-          "cudaMemsetAsync");
-  }
+  // Room in few sizes: what is outgrown stays with the arena.
+  const auto room = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(together)));
+  grow_zeroed(arena_, choice_rows_, room * static_cast<int64_t>(sizeof(RowState)), main_.stream);
   task.rows = choice_rows_.as<RowState>();
   if (needs.draws) {
     const auto bytes = static_cast<int64_t>(draws.size_bytes());
@@ -279,8 +276,8 @@ void CudaBackend::choose(const Rows& hidden, int64_t first, std::span<const Draw
     task.draws = draws_.as<Draw>();
   }
   if (needs.bins) {
-    grow(arena_, choice_bins_, together * static_cast<int64_t>(sizeof(RowBins)));
-    grow(arena_, choice_lists_, together * task.vocab * static_cast<int64_t>(sizeof(Whole)));
+    grow(arena_, choice_bins_, room * static_cast<int64_t>(sizeof(RowBins)));
+    grow(arena_, choice_lists_, room * task.vocab * static_cast<int64_t>(sizeof(Whole)));
     task.bins = choice_bins_.as<RowBins>();
     task.lists = choice_lists_.as<Whole>();
   }

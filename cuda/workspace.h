@@ -1,6 +1,7 @@
 // Device buffers of a running call.
 #pragma once
 
+#include "check.h"
 #include "cuda_backend.h"
 
 namespace armt::cuda {
@@ -21,6 +22,7 @@ struct CudaScratch {
   DeviceBuffer write_phi;    // [W, h, padded F] float32
   DeviceBuffer write_coef;   // [W, h, 3] float32: 1 / den (0: nothing to subtract), gamma, betas
   DeviceBuffer write_delta;  // [W, D] float32: beta (v - old)
+  DeviceBuffer readers;      // [cells that write] blocks that have read z
   DeviceBuffer partial;      // attention of few rows: shares of the sums
   DeviceBuffer counters;     // and how many shares are done
   DeviceBuffer decode;       // one row through all layers: what its blocks tell each other
@@ -58,6 +60,15 @@ inline void grow(Arena& arena, DeviceBuffer& buffer, int64_t bytes) {
   if (buffer.bytes() >= bytes) return;
   buffer = DeviceBuffer();
   buffer = DeviceBuffer(arena, bytes);
+}
+
+// The same, full of zeros when it is made; what uses it leaves zeros.
+inline void grow_zeroed(Arena& arena, DeviceBuffer& buffer, int64_t bytes, cudaStream_t stream) {
+  if (buffer.bytes() >= bytes) return;
+  grow(arena, buffer, bytes);
+  const cudaError_t code = cudaMemsetAsync(buffer.data(), 0, static_cast<size_t>(buffer.bytes()), stream);
+  if (code != cudaSuccess) buffer = DeviceBuffer();
+  check(code, "cudaMemsetAsync");
 }
 
 }  // namespace armt::cuda

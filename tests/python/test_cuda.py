@@ -301,6 +301,28 @@ def test_many_streams_equal_cpu(
     case_report(variant.name, f"{dtype}, 48 streams", errors)
 
 
+def test_memories_written_in_place_are_those_written_anew(zoo: Zoo) -> None:
+    """So many that not all of a write's blocks run at once. From its second segment on, a call
+    writes a stream's memories where it read them."""
+    sizes = {"n_embd": 512, "n_layer": 2, "n_head": 8, "n_positions": 128}
+    memory = {"segment_size": 24, "num_mem_tokens": 16, "d_mem": 64, "wrap_pos": True}
+    variant = Variant("many-paper-gpt2", "gpt2", "paper", sizes, memory)
+    engine = on("cuda", zoo, variant, weights="BF16", dtype="bfloat16", schedule="sequential")
+    ids = zoo.model(variant, "BF16").tokens((48, 96), seed=4)
+    found = []
+    for pieces in (1, 1, 4):
+        sessions = [engine.session() for _ in ids]
+        for part in np.split(ids, pieces, axis=1):
+            engine.feed_many(list(zip(sessions, part, strict=True)))
+        for session in sessions:
+            session.close_segment()
+        found.append([session.state.memory(layer) for session in sessions for layer in range(2)])
+    for other in found[1:]:
+        for (a, z), (their_a, their_z) in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(a, their_a)
+            np.testing.assert_array_equal(z, their_z)
+
+
 # One row through all layers in one kernel (Hopper GPUs): the heads and widths that it takes.
 DECODED = [
     FEW[0],

@@ -1,4 +1,5 @@
-// Choosing the next token. The same logits, settings, seed and count give the same token on every platform.
+// Choosing the next token. The same logits, settings, seed and count give the same token on every CPU; a GPU chooses
+// another where a draw falls within 1e-9 of the border of two tokens.
 #pragma once
 
 #include <cstdint>

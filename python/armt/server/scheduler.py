@@ -218,8 +218,8 @@ class Scheduler:
             assert job.params is not None
             params.append(job.params)
         try:
-            choices = _core.choose([job.session._core for job in jobs], params)
             tops = [top_logprobs(job.session.logits, job.top) if job.top else () for job in jobs]
+            choices = _core.choose([job.session._core for job in jobs], params)
         except Exception as error:
             if len(jobs) > 1:
                 return [pair for job in jobs for pair in self._choose([job])]
