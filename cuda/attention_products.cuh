@@ -5,21 +5,12 @@
 #include <type_traits>
 
 #include "attention_tiles.cuh"
+#include "hopper.cuh"
 
 namespace armt::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ inline void fence_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ inline void commit_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int pending>
-__device__ inline void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
 // Before and after products: keeps the compiler from moving what makes or uses their sums in between.
 template <int n>
 __device__ inline void pin(float (&sums)[n][4]) {

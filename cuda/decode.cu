@@ -38,8 +38,8 @@ class NormWeights {
         weight_[p][k] = bias_[p][k] = {};
         if (i >= args.width) continue;
         const int64_t at = static_cast<int64_t>(stack) * args.width + i + k * 4;
-        weight_[p][k] = ask_16<float4>(norm.weight + at);
-        if (norm.bias != nullptr) bias_[p][k] = ask_16<float4>(norm.bias + at);
+        weight_[p][k] = load_once<float4>(norm.weight + at);
+        if (norm.bias != nullptr) bias_[p][k] = load_once<float4>(norm.bias + at);
       }
     }
   }

@@ -23,16 +23,6 @@ __device__ Pack<T> load_fresh(const T* from) {
   const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(from));
   return reinterpret_cast<const Pack<T>&>(bits);
 }
-// 16 bytes that stay what they are while the kernel runs. The request leaves where it stands.
-template <class Type>
-__device__ Type ask_16(const void* from) {
-  uint4 bits;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-               : "l"(from));
-  return reinterpret_cast<const Type&>(bits);
-}
-
 // An instruction an element.
 __device__ inline void widen(const Pack<__nv_bfloat16>& pack, float (&to)[8]) {
   const uint4 bits = reinterpret_cast<const uint4&>(pack);
@@ -160,7 +150,7 @@ class WeightRing {
       unsigned before;
       asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;"
                    : "=r"(before)
-                   : "r"(address_of(&shared_.readers[at_]))
+                   : "r"(shared_address(&shared_.readers[at_]))
                    : "memory");
       if (before % kDecodeWarps == kDecodeWarps - 1) start(at_);
     }

@@ -147,8 +147,8 @@ class DecodeAttention {
 #pragma unroll
       for (int round = 0; round < kRounds; ++round) {
         if (index_of(round) >= end_ || !inside_) continue;
-        keys_[round] = ask_16<Pack<T>>(from + round * step);
-        values_[round] = ask_16<Pack<T>>(from + round * step + values_behind());
+        keys_[round] = load_once<Pack<T>>(from + round * step);
+        values_[round] = load_once<Pack<T>>(from + round * step + values_behind());
       }
       return;
     }
@@ -157,8 +157,8 @@ class DecodeAttention {
       const int index = index_of(round);
       if (index >= end_ || !inside_) continue;
       const T* from = key_at(cell, index < prev_count_, row_of_index(index));
-      keys_[round] = ask_16<Pack<T>>(from);
-      values_[round] = ask_16<Pack<T>>(from + values_behind());
+      keys_[round] = load_once<Pack<T>>(from);
+      values_[round] = load_once<Pack<T>>(from + values_behind());
     }
   }
   __device__ int row_of_index(int index) const {

@@ -157,7 +157,7 @@ class DecodeMemory {
       const int f = begin + i * teams + team_;
       held_[i] = {};
       if (f < shape_.features && chunk_ < count_) {
-        held_[i] = ask_16<float4>(from + static_cast<int64_t>(f) * shape_.values);
+        held_[i] = load_once<float4>(from + static_cast<int64_t>(f) * shape_.values);
       }
     }
   }

@@ -139,10 +139,10 @@ template <bool add>
 __device__ inline void store_bulk(void* to, const void* shared, int bytes) {
   if constexpr (add) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(to),
-                 "r"(address_of(shared)), "r"(bytes)
+                 "r"(shared_address(shared)), "r"(bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(address_of(shared)),
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(shared)),
                  "r"(bytes)
                  : "memory");
   }
@@ -159,7 +159,7 @@ __device__ inline void wait_until_stored() {
 
 // Four matrices of 8 x 8: two below one another, then the two to their right.
 __device__ inline void store_matrices(void* shared, const uint32_t (&word)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address_of(shared)),
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)),
                "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
                : "memory");
 }
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto* filled = reinterpret_cast<uint64_t*>(stages + kBarriersAt);
   uint64_t* emptied = filled + kStages;
   if (threadIdx.x == 0) {
-    if (address_of(stages) % 1024 != 0) __trap();  // nothing else lies in shared memory
+    if (shared_address(stages) % 1024 != 0) __trap();  // nothing else lies in shared memory
     for (int s = 0; s < kStages; ++s) {
       init_barrier(filled[s], 1);
       init_barrier(emptied[s], kWarps);
@@ -261,15 +261,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         wait_for(filled[s], step / kStages & 1);
         const unsigned char* from = stages + s * kStageBytes;
         const uint64_t a = tile_descriptor(from + mine * kInBytes / 2), b = tile_descriptor(from + kInBytes);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        fence_products();
 #pragma unroll
         for (int part = 0; part < kDepth / 32; ++part) multiply(d, a + 2 * part, b + 2 * part, k > 0 || part > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        commit_products();
+        wait_products<1>();
         // All but this step's products are done: the stage before may be filled again.
         if (k > 0 && speaks) arrive(emptied[(step - 1) % kStages]);
       }
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wait_products<0>();
       if (speaks) arrive(emptied[(step - 1) % kStages]);
       const int warp = threadIdx.x / 32 - 4;
       store_tile<mode, usual>(args, tile, tile.row + warp * 16, d, stages + kOutAt + warp * kOutBytes);
@@ -302,10 +302,6 @@ Mode mode_of(const Fp8Product& product) {
 }  // namespace
 
 bool can_multiply_fp8() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  if (major != 9) return false;
   bool all = true;
   for (const Mode mode : {Mode::plain, Mode::add, Mode::activate, Mode::gated}) {
     for (const bool usual : {false, true}) {

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char memory[];
   __shared__ uint64_t filled[kStages], emptied[kStages];
-  unsigned char* stages = memory + (1024 - address_of(memory) % 1024) % 1024;
+  unsigned char* stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(filled[s], 1);
@@ -130,15 +130,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait_for(filled[s], step / kStages & 1);
       const unsigned char* from = stages + s * kStageBytes;
       const uint64_t a = tile_descriptor(from + mine * kInBytes / 2), b = tile_descriptor(from + kInBytes);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      fence_products();
 #pragma unroll
       for (int part = 0; part < kDepth / 16; ++part) multiply(d, a + 2 * part, b + 2 * part, k > 0 || part > 0);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      commit_products();
+      wait_products<1>();
       // All but this step's products are done: the stage before may be filled again.
       if (k > 0 && thread == 0) arrive(emptied[(step - 1) % kStages]);
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wait_products<0>();
     if (thread == 0) arrive(emptied[(step - 1) % kStages]);
     const int lane = thread % 32, first = tile.row + mine * 64 + thread / 32 * 16 + lane / 4;
 #pragma unroll
@@ -160,10 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 bool can_fuse_gate() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  if (major != 9 || !has_hopper_code(reinterpret_cast<const void*>(gated_kernel))) return false;
+  if (!has_hopper_code(reinterpret_cast<const void*>(gated_kernel))) return false;
   check(cudaFuncSetAttribute(gated_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
   return true;

@@ -12,15 +12,6 @@ constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kPack = 8, kLoads = 8, kSlab = 32 * kPack * kLoads;
 constexpr int64_t kMostRows = 8, kMostShared = 96 * 1024;
 
-// 16 bytes that nobody reads again.
-__device__ inline uint4 load_once(const void* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
-  return x;
-}
-
 // grid: columns / (warps of a block / warps of a column)
 template <class T, int rows, bool gated>
 __global__ void __launch_bounds__(kThreads) few_product_kernel(FewProduct args, int parts) {
@@ -40,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) few_product_kernel(FewProduct args, 
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int k = part * kSlab + (i * 32 + lane) * kPack;
-      weights[side][i] = k < depth ? load_once(from + k) : uint4{};
+      weights[side][i] = k < depth ? load_once<uint4>(from + k) : uint4{};
     }
   }
   wait_for_kernel_before();

@@ -5,10 +5,6 @@
 
 namespace armt::cuda {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // Starts copying 16 bytes to shared memory; zeros if not `valid`.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

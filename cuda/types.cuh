@@ -29,6 +29,21 @@ void dispatch(DType dtype, Body&& body) {
   }
 }
 
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes that stay what they are while the kernel runs, and that this multiprocessor reads once. The request leaves
+// where it stands.
+template <class Type>
+__device__ Type load_once(const void* from) {
+  uint4 bits;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(from));
+  return reinterpret_cast<const Type&>(bits);
+}
+
 __device__ inline float to_float(float x) {
   return x;
 }
