@@ -40,6 +40,12 @@ class Geometry:
     def rows(self) -> int:
         return self.segment + self.memory
 
+    @property
+    def outputs(self) -> int:
+        """Weights of a layer's dense products, divided by the width."""
+        heads = 2 * (self.heads + self.kv_heads)
+        return heads * self.head_dim + (3 if self.llama else 2) * self.ffn
+
     def decoder(self) -> dict[str, Any]:
         common = {
             "vocab_size": self.vocab,
@@ -72,20 +78,16 @@ class Geometry:
     def floor_flops(self, tokens: int) -> tuple[float, float]:
         """Full arithmetic of a prefill: (matrix products, attention), in operations."""
         segments = -(-tokens // self.segment)
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        per_row = qkv + self.heads * self.head_dim + (3 if self.llama else 2) * self.ffn
         features = 6 * self.d_mem
         read = self.d_mem + features
         write = self.memory * (self.width + self.d_mem + 2 * features)
-        products = 2.0 * self.width * (self.rows * (per_row + read) + write)
+        products = 2.0 * self.width * (self.rows * (self.outputs + read) + write)
         attention = 2.0 * self.rows * self.rows * self.heads * self.head_dim  # causal half
         return products * self.layers * segments, attention * self.layers * segments
 
     def decoded_bytes(self) -> float:
         """Weights that a decoded token reads, 16 bits each; the head too."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        per_row = qkv + self.heads * self.head_dim + (3 if self.llama else 2) * self.ffn
-        return 2.0 * self.width * (self.layers * per_row + self.vocab)
+        return 2.0 * self.width * (self.layers * self.outputs + self.vocab)
 
 
 GEOMETRIES = {

@@ -31,6 +31,11 @@ def about(found: dict[str, Any]) -> str:
     )
 
 
+def notes(found: list[dict[str, Any]]) -> str:
+    """The same of several systems."""
+    return "\n".join(f"{one['system'].upper()}: {about(one)}" for one in found)
+
+
 def babilong_table(name: str) -> str:
     found = load(f"evaluation/{name}")
     rows = [
@@ -48,14 +53,16 @@ def told(row: dict[str, Any]) -> str:
     return updates + filler
 
 
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of retrieval: from little to much."""
+    return sorted(rows, key=lambda r: (r["filler"], r["kind"], r.get("keys", 0), r["pairs"]))
+
+
 def retrieval_table() -> str:
     found = load("evaluation/retrieval")
-    rows = sorted(
-        found["results"],
-        key=lambda row: (row["filler"], row["kind"], row.get("keys", 0), row["pairs"]),
-    )
     head = ["read", "right", "accuracy", "95% interval"]
-    return table(head, [[told(row), *right(row)] for row in rows]) + "\n\n" + about(found)
+    rows = [[told(row), *right(row)] for row in in_order(found["results"])]
+    return table(head, rows) + "\n\n" + about(found)
 
 
 def comparison_table() -> str:
@@ -71,18 +78,17 @@ def comparison_table() -> str:
         [cell[0].upper(), f"{cell[1]:,}", right(cells[cell])[0], right(others[cell])[0]]
         for cell in sorted(cells.keys() & others.keys())
     ]
-    notes = [f"{one['system'].upper()}: {about(one)}" for one in (*armt, *rmt)]
-    return table(["task", "tokens", "ARMT", "RMT"], rows) + "\n\n" + "\n".join(notes)
+    return table(["task", "tokens", "ARMT", "RMT"], rows) + "\n\n" + notes([*armt, *rmt])
 
 
 def retrieval_comparison_table() -> str:
     systems = ("armt", "mamba", "rmt")
     found = [load(f"evaluation/compare-retrieval-{system}") for system in systems]
     cells = [{told(row): right(row)[0] for row in one["results"]} for one in found]
-    order = sorted(found[0]["results"], key=lambda r: (r["kind"], r.get("keys", 0), r["pairs"]))
-    rows = [[told(row), *(one[told(row)] for one in cells)] for row in order]
-    notes = [f"{one['system'].upper()}: {about(one)}" for one in found]
-    return table(["read", "ARMT", "Mamba", "RMT"], rows) + "\n\n" + "\n".join(notes)
+    rows = [
+        [told(row), *(one[told(row)] for one in cells)] for row in in_order(found[0]["results"])
+    ]
+    return table(["read", "ARMT", "Mamba", "RMT"], rows) + "\n\n" + notes(found)
 
 
 def forgetting_table() -> str:

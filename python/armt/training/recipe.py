@@ -12,6 +12,7 @@ from armt.errors import InvalidArgument
 from armt.tasks.retrieval import Layout
 from armt.training.babilong import StorySettings
 from armt.training.pairs import PairSettings
+from armt.training.shape import Shape
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -250,14 +251,14 @@ def _check(stage: Stage, recipe: Recipe, where: str) -> None:
 
 
 def _check_gates(recipe: Recipe, where: str) -> None:
-    gates, system = recipe.gates, recipe.model.get("system", "armt")
+    gates, system = recipe.gates, recipe.model.get("system", Shape.system)
     if gates == Gates():
         return
     if system != "armt":
         raise InvalidArgument(f"{where}: {system} has none")
     if gates.sharpen < 1:
         raise InvalidArgument(f"{where}: sharpen: found {gates.sharpen:g}, expected 1 or more")
-    layers = recipe.model.get("layers", 4)
+    layers = recipe.model.get("layers", Shape.layers)
     if len(gates.about) != layers:
         raise InvalidArgument(
             f"{where}: about: found {len(gates.about)} values, expected {layers}, one a layer"
